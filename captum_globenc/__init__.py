@@ -1,0 +1,71 @@
+"""Token attribution for transformer encoders, as a Captum method.
+
+The public names are loaded when they are first used, so that ``import captum_globenc``
+and the command line's ``--help`` do not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from captum_globenc import demo
+    from captum_globenc.aggregation import Decomposition
+    from captum_globenc.architectures import (
+        Architecture,
+        register_architecture,
+        supported_model_types,
+    )
+    from captum_globenc.attribution.globenc import GlobEnc
+    from captum_globenc.errors import (
+        GlobEncError,
+        InputError,
+        NonFiniteActivationError,
+        ReconstructionError,
+        UnsupportedModelError,
+    )
+    from captum_globenc.local import LOCAL_SCORES
+
+_HOMES = {
+    "Architecture": "architectures",
+    "Decomposition": "aggregation",
+    "GlobEnc": "attribution.globenc",
+    "GlobEncError": "errors",
+    "InputError": "errors",
+    "LOCAL_SCORES": "local",
+    "NonFiniteActivationError": "errors",
+    "ReconstructionError": "errors",
+    "UnsupportedModelError": "errors",
+    "register_architecture": "architectures",
+    "supported_model_types": "architectures",
+}
+
+__all__ = [
+    "LOCAL_SCORES",
+    "Architecture",
+    "Decomposition",
+    "GlobEnc",
+    "GlobEncError",
+    "InputError",
+    "NonFiniteActivationError",
+    "ReconstructionError",
+    "UnsupportedModelError",
+    "demo",
+    "register_architecture",
+    "supported_model_types",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "demo":
+        return importlib.import_module("captum_globenc.demo")
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"captum_globenc.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'captum_globenc' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,508 @@
+"""Run a model once and record, per encoder layer, what decomposes it.
+
+While :func:`record` runs, the encoder's attention goes through a function registered
+with ``transformers.AttentionInterface`` (and a mask function registered beside it,
+without which padding would be attended silently), forward hooks keep what goes through
+the norms, and the encoder is in evaluation mode. All of it is undone on the way out,
+also after an exception.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from captum_globenc.architectures import (
+    Encoder,
+    LayerModules,
+    find_encoder,
+    supported_model_types,
+)
+from captum_globenc.errors import (
+    InputError,
+    NonFiniteActivationError,
+    ReconstructionError,
+    UnsupportedModelError,
+)
+from captum_globenc.reconstruction import (
+    LayerSample,
+    check_layers,
+    sampled,
+    tolerance,
+)
+from captum_globenc.records import EncoderRecord, LayerRecord
+from captum_globenc.weights import LayerWeights, WeightCache, working_dtype
+
+_NAME = "captum_globenc"
+# Arguments with which an attention function computes more than softmax(QK)V.
+_FOREIGN = ("softcap", "s_aux", "position_bias", "head_mask")
+
+# Two runs at once would switch and restore the same model's settings out of order, so
+# one runs after the other; a run that records nothing is not held up.
+_LOCK = threading.RLock()
+_ACTIVE = threading.local()
+
+Output = TypeVar("Output")
+
+
+def record(
+    run: Callable[[], Output], encoder: Encoder | None, weights: WeightCache
+) -> tuple[Output, EncoderRecord]:
+    """Call ``run`` once and record the encoder that runs in it.
+
+    Args:
+        run (callable): calls the model, once.
+        encoder (Encoder or None): the encoder to record; None: the first supported one
+            that runs.
+        weights (WeightCache): prepared weights of earlier runs.
+
+    Returns:
+        *tuple* of what ``run`` returned and the *EncoderRecord*.
+
+    Raises:
+        UnsupportedModelError: no supported encoder ran, or its attention does something
+            that is not known.
+        ReconstructionError: the recorded parts do not rebuild a layer.
+        NonFiniteActivationError: NaN or infinity in a layer.
+        InputError: ids, mask or length that the encoder cannot take.
+    """
+    with _LOCK, ExitStack() as undo:
+        if getattr(_ACTIVE, "recorder", None) is not None:
+            raise RuntimeError("an attribution was started inside another one's run.")
+        recorder = _ACTIVE.recorder = _Recorder(weights)
+        undo.callback(setattr, _ACTIVE, "recorder", None)
+        if encoder is None:
+            undo.enter_context(_installed_on_sight(recorder))
+        else:
+            undo.enter_context(recorder.installed(encoder))
+        return run(), recorder.finish()
+
+
+@contextmanager
+def _installed_on_sight(recorder: _Recorder) -> Iterator[None]:
+    """Install the recorder on the first supported encoder that is about to run."""
+    thread = threading.get_ident()
+    searched: set[int] = set()
+
+    def look(module: nn.Module, _: Any) -> None:
+        if threading.get_ident() != thread or recorder.encoder is not None:
+            return
+        if id(module) in searched:
+            return
+        encoder = find_encoder(module)
+        if encoder is None:
+            # Its parts need no search of their own.
+            searched.update(id(part) for part in module.modules())
+            recorder.seen.append(type(module).__name__)
+        else:
+            undo.enter_context(recorder.installed(encoder))
+
+    with ExitStack() as undo:
+        undo.callback(register_module_forward_pre_hook(look).remove)
+        yield
+
+
+@contextmanager
+def _switched(encoder: nn.Module) -> Iterator[None]:
+    """All attention inside ``encoder`` through :func:`_attention`."""
+    configs: dict[int, Any] = {}
+    waiting = [vars(module).get("config") for module in encoder.modules()]
+    while waiting:
+        config = waiting.pop(0)
+        if hasattr(config, "_attn_implementation") and id(config) not in configs:
+            configs[id(config)] = config
+            parts = getattr(config, "sub_configs", ())
+            waiting += [getattr(config, name, None) for name in parts]
+    before = [(config, config._attn_implementation) for config in configs.values()]
+    try:
+        for config, _ in before:
+            config._attn_implementation = _NAME
+        yield
+    finally:
+        # A config hands its setting down to its parts: in this order theirs come last.
+        for config, implementation in before:
+            config._attn_implementation = implementation
+
+
+@dataclass
+class _Draft:
+    """A layer whose forward is under way: what has been seen of it so far."""
+
+    weights: LayerWeights
+    hidden: Tensor
+    attention: dict[str, Any] = field(default_factory=dict)
+    context: Tensor | None = None
+    # part name → (its input, its output)
+    passed: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+class _Recorder:
+    """Collects the layers of one run of one encoder."""
+
+    def __init__(self, weights: WeightCache) -> None:
+        self.encoder: Encoder | None = None
+        self.seen: list[str] = []
+        self._weights = weights
+        self._thread = threading.get_ident()
+        self._draft: _Draft | None = None
+        self._layers: list[LayerRecord] = []
+        self._attended: Tensor | None = None
+        self._samples: list[LayerSample] = []
+
+    @contextmanager
+    def installed(self, encoder: Encoder) -> Iterator[None]:
+        """Hooks, attention function and evaluation mode in; all restored at the end."""
+        self.encoder = encoder
+        with ExitStack() as undo:
+            undo.enter_context(_switched(encoder.module))
+            for module in encoder.module.modules():
+                if module.training:
+                    # Not module.train(): it would also switch this module's parts.
+                    undo.callback(setattr, module, "training", True)
+                    module.training = False
+            self._hook(undo, encoder.embeddings, before=self._check_inputs)
+            for index, modules in enumerate(encoder.layers):
+                self._hook_layer(undo, index, modules)
+            yield
+
+    def finish(self) -> EncoderRecord:
+        """The record, once the run is over."""
+        if self.encoder is None:
+            seen = ", ".join(dict.fromkeys(self.seen)) or "no torch.nn.Module"
+            raise UnsupportedModelError(
+                "No supported encoder ran inside forward_func (seen: "
+                f"{seen}; supported model types: {', '.join(supported_model_types())})"
+                ". Pass the model as encoder=, or describe its layers with "
+                "captum_globenc.register_architecture."
+            )
+        if len(self._layers) != len(self.encoder.layers):
+            raise UnsupportedModelError(
+                f"{type(self.encoder.module).__name__}: {len(self._layers)} of "
+                f"{len(self.encoder.layers)} layers ran inside forward_func; each "
+                "layer must run once, in the calling thread."
+            )
+        for layer in self._layers:
+            if not torch.stack(layer.scales).isfinite().all():
+                raise NonFiniteActivationError(
+                    f"layer {layer.name!r}: its activations hold NaN or infinity, so "
+                    "it cannot be decomposed. Look for NaN in the weights or inputs, "
+                    "or for overflow (float16?)."
+                )
+        try:
+            self._check_layers()
+        except ReconstructionError:
+            self._renew_weights()
+            self._check_layers()
+        assert self._attended is not None
+        return EncoderRecord(tuple(self._layers), self._attended)
+
+    def _hook(
+        self,
+        undo: ExitStack,
+        module: nn.Module,
+        before: Callable[..., None] | None = None,
+        after: Callable[..., None] | None = None,
+    ) -> None:
+        # Another thread may use the model at the same time: not ours to record.
+        if before is not None:
+
+            def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+                if threading.get_ident() == self._thread:
+                    before(module, args, kwargs)
+
+            handle = module.register_forward_pre_hook(enter, with_kwargs=True)
+            undo.callback(handle.remove)
+        if after is not None:
+
+            def leave(module: nn.Module, args: Any, output: Any) -> None:
+                if threading.get_ident() == self._thread:
+                    after(module, args, output)
+
+            undo.callback(module.register_forward_hook(leave).remove)
+
+    def _hook_layer(self, undo: ExitStack, index: int, modules: LayerModules) -> None:
+        @torch.no_grad()
+        def begin(_: nn.Module, args: Any, kwargs: Any) -> None:
+            self._begin(index, modules, args[0] if args else kwargs["hidden_states"])
+
+        @torch.no_grad()
+        def end(_: nn.Module, args: Any, output: Any) -> None:
+            self._end(modules, output[0] if isinstance(output, tuple) else output)
+
+        self._hook(undo, modules.layer, before=begin, after=end)
+        for part in ("attention_norm", "feed_forward", "output_norm"):
+
+            def keep(_: nn.Module, args: Any, output: Tensor, part: str = part) -> None:
+                if self._draft is None or part in self._draft.passed:
+                    raise UnsupportedModelError(
+                        f"layer {modules.name!r}: its {part} ran outside the layer or "
+                        "more than once (is chunk_size_feed_forward set? set it to 0)."
+                    )
+                self._draft.passed[part] = args[0], output
+
+            self._hook(undo, getattr(modules, part), after=keep)
+
+    def _check_inputs(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        assert self.encoder is not None
+        given = (
+            inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        )
+        ids = given.get("input_ids")
+        tokens = ids if ids is not None else given.get("inputs_embeds")
+        if tokens is None:
+            return
+        if ids is not None:
+            _check_ids(ids, self.encoder.module)
+        if given.get("position_ids") is None:
+            _check_length(tokens.shape[1], self.encoder.max_tokens)
+
+    def _begin(self, index: int, modules: LayerModules, hidden: Tensor) -> None:
+        if index != len(self._layers) or self._draft is not None:
+            raise UnsupportedModelError(
+                f"layer {modules.name!r} ran out of order or a second time inside "
+                "forward_func; the encoder must run once, all layers in turn."
+            )
+        self._draft = _Draft(self._prepared(modules), hidden)
+
+    def _prepared(self, modules: LayerModules) -> LayerWeights:
+        norms = (modules.attention_norm, modules.output_norm)
+        return self._weights.get(modules.name, modules.output, norms)
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        context: Tensor,
+    ) -> None:
+        """Keep what the attention function saw; ``context`` is what it returns."""
+        if self._draft is None or self.encoder is None:
+            return
+        modules = self.encoder.layers[len(self._layers)]
+        if module is not modules.attention:
+            return
+        if mask is None and getattr(module, "is_causal", False):
+            raise UnsupportedModelError(
+                f"layer {modules.name!r} attends causally (is_decoder=True), and an "
+                "encoder that attends in both directions is expected."
+            )
+        if mask is not None:
+            _check_mask(mask, query, key)
+        if self._attended is None:
+            self._attended = _attended(mask, query)
+            _check_attended(self._attended)
+            self._sampled = sampled(query.shape[2], query.device)
+        self._draft.attention = {
+            "query": query.detach(),
+            "key": key.detach(),
+            "value": value.detach(),
+            "mask": None if mask is None else mask.detach(),
+            "scaling": scaling,
+        }
+        self._draft.context = context.detach()
+
+    def _end(self, modules: LayerModules, output: Tensor) -> None:
+        draft, self._draft = self._draft, None
+        assert draft is not None
+        if draft.context is None:
+            raise UnsupportedModelError(
+                f"layer {modules.name!r}: its attention did not go through "
+                "transformers.AttentionInterface, so it cannot be recorded. Supported "
+                f"model types: {', '.join(supported_model_types())}."
+            )
+        missing = {"attention_norm", "feed_forward", "output_norm"} - set(draft.passed)
+        if missing:
+            raise UnsupportedModelError(
+                f"layer {modules.name!r}: its {' and '.join(sorted(missing))} did not "
+                "run; see captum_globenc.register_architecture."
+            )
+        first, normed = draft.passed["attention_norm"]
+        _, fed = draft.passed["feed_forward"]
+        second, last = draft.passed["output_norm"]
+        scales = (
+            _scale(first, modules.attention_norm),
+            _scale(second, modules.output_norm),
+        )
+        dtype = working_dtype(draft.hidden.dtype)
+        probe = draft.weights.probe[: draft.context.shape[-1]]
+        value = draft.attention["value"].transpose(1, 2)
+        assert self._attended is not None
+        self._layers.append(
+            LayerRecord(
+                name=modules.name,
+                hidden=draft.hidden.detach(),
+                scales=scales,
+                value_probe=value.to(dtype) @ probe,
+                context_probe=draft.context.to(dtype) @ probe,
+                weights=draft.weights,
+                attended=self._attended,
+                **draft.attention,
+            )
+        )
+        chosen = self._sampled
+        steps = (draft.hidden, first, normed, fed, second, last, output)
+        self._samples.append(
+            LayerSample(
+                name=modules.name,
+                vectors=torch.stack([step.index_select(1, chosen) for step in steps]),
+                context=draft.context.flatten(2).index_select(1, chosen),
+                scales=(
+                    scales[0].index_select(1, chosen),
+                    scales[1].index_select(1, chosen),
+                ),
+                weights=draft.weights,
+                tolerance=tolerance(value.dtype, draft.hidden.dtype),
+            )
+        )
+
+    def _check_layers(self) -> None:
+        assert self._attended is not None
+        check_layers(self._samples, self._attended.index_select(1, self._sampled))
+
+    def _renew_weights(self) -> None:
+        """Prepare all weights again: an edit of ``weight.data`` leaves no trace."""
+        assert self.encoder is not None
+        self._weights.clear()
+        fresh = [self._prepared(modules) for modules in self.encoder.layers]
+        self._layers = [
+            replace(layer, weights=w) for layer, w in zip(self._layers, fresh)
+        ]
+        self._samples = [
+            replace(sample, weights=w) for sample, w in zip(self._samples, fresh)
+        ]
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function: torch's own fast one, and a note of what went in."""
+    foreign = [name for name in _FOREIGN if kwargs.get(name) is not None]
+    if foreign:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} attends with {', '.join(foreign)}, which is no "
+            "plain softmax over values and cannot be decomposed."
+        )
+    output = sdpa_attention_forward(
+        module, query, key, value, attention_mask, scaling=scaling, **kwargs
+    )
+    recorder = getattr(_ACTIVE, "recorder", None)
+    if recorder is not None:
+        factor = query.shape[-1] ** -0.5 if scaling is None else scaling
+        recorder.attend(module, query, key, value, attention_mask, factor, output[0])
+    return output  # type: ignore[no-any-return]
+
+
+def _mask(
+    batch_size: int,
+    q_length: int,
+    *args: Any,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask function beside it: checks a mask that still is (batch, tokens)."""
+    if attention_mask is not None:
+        if tuple(attention_mask.shape) != (batch_size, q_length):
+            raise InputError(
+                f"the attention mask has shape {tuple(attention_mask.shape)}, and "
+                f"(batch, tokens) = {(batch_size, q_length)} is expected."
+            )
+        _check_attended(attention_mask.bool())
+    return sdpa_mask(  # type: ignore[no-any-return]
+        batch_size, q_length, *args, attention_mask=attention_mask, **kwargs
+    )
+
+
+# New names beside the built-in ones: no model uses them until it is switched to them.
+AttentionInterface.register(_NAME, _attention)
+AttentionMaskInterface.register(_NAME, _mask)
+
+
+def _scale(vectors: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """sqrt(var + eps) over the hidden dimension, biased, (batch, tokens)."""
+    values = vectors.to(working_dtype(vectors.dtype))
+    # torch's own kernel for it; var() takes five times as long.
+    *_, reciprocal = torch.native_layer_norm(
+        values, norm.normalized_shape, None, None, norm.eps
+    )
+    return 1 / reciprocal[..., 0]
+
+
+def _attended(mask: Tensor | None, query: Tensor) -> Tensor:
+    """(batch, tokens): the sources that some receiver attends to."""
+    batch, tokens = query.shape[0], query.shape[2]
+    if mask is None:
+        return torch.ones(batch, tokens, dtype=torch.bool, device=query.device)
+    # What is added to hide a source differs (-inf, the dtype's lowest value, -10000);
+    # exp(-1000) is 0 in every dtype.
+    allowed = mask if mask.dtype == torch.bool else mask > -1000
+    return allowed.any(1).any(1).expand(batch, tokens)
+
+
+def _check_ids(ids: Tensor, encoder: nn.Module) -> None:
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise InputError(f"input ids must be integers, got {ids.dtype}.")
+    size = encoder.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    wrong = ids[(ids < 0) | (ids >= size)]
+    if wrong.numel():
+        raise InputError(
+            f"input id {int(wrong[0])} is outside the vocabulary of {size} "
+            f"(ids 0 to {size - 1}). Does the tokenizer belong to the model?"
+        )
+
+
+def _check_length(tokens: int, most: int) -> None:
+    if tokens > most:
+        raise InputError(
+            f"the input has {tokens} tokens and the model has positions for {most}: "
+            "shorten the text, or truncate when tokenizing (truncation=True, "
+            f"max_length={most})."
+        )
+
+
+def _check_attended(attended: Tensor) -> None:
+    empty = (~attended.any(-1)).nonzero().flatten().tolist()
+    if empty:
+        raise InputError(
+            f"the attention mask of example {empty[0]} is all zero, so "
+            "there is no token to explain."
+        )
+
+
+def _check_mask(mask: Tensor, query: Tensor, key: Tensor) -> None:
+    batch, heads, receivers, _ = query.shape
+    sources = key.shape[2]
+    full = (batch, heads, receivers, sources)
+    fits = mask.ndim == 4 and all(
+        size in (1, most) for size, most in zip(mask.shape, full, strict=True)
+    )
+    # A mask of one source for all would hide or show everything: a mistake.
+    if not fits or mask.shape[-1] != sources:
+        raise InputError(
+            f"the attention mask has shape {tuple(mask.shape)} in the encoder, which "
+            f"does not fit (batch, heads, receivers, sources) = {full}."
+        )
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise UnsupportedModelError(
+            f"an attention mask of dtype {mask.dtype} is not understood: bool (True: "
+            "attended) or floating point (added to the logits) is expected."
+        )

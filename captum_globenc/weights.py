@@ -1,0 +1,142 @@
+"""The weights that decompose a layer, prepared once and dropped when they change."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to compute in: float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def centre(vectors: Tensor) -> Tensor:
+    """``v - mean_d(v)`` over the last dimension."""
+    return vectors - vectors.mean(-1, keepdim=True)
+
+
+def through_norms(vectors: Tensor, gammas: Sequence[Tensor]) -> Tensor:
+    r"""The linear part of consecutive LayerNorms, without their scales and biases.
+
+    :math:`M v = \gamma_k \odot C(\dots \gamma_1 \odot C(v))`, :math:`C` the centring;
+    with no norm, ``v`` itself. Source: equations 6 to 9 of Modarressi et al. 2022.
+
+    Args:
+        vectors (Tensor): any shape with the hidden size last.
+        gammas (sequence of Tensor): weights of the norms, each (hidden), first applied
+            first.
+
+    Returns:
+        *Tensor* of the shape of ``vectors``.
+    """
+    for gamma in gammas:
+        vectors = centre(vectors) * gamma
+    return vectors
+
+
+class LayerWeights:
+    r"""Output map and LayerNorm weights of one layer, in the working dtype.
+
+    Args:
+        output (nn.Linear): :math:`W_O, b_O`, the linear map after the heads.
+        norms (sequence of nn.LayerNorm): the norms after the residuals, in order.
+
+    Attributes:
+        output (Tensor): :math:`W_O`, (hidden, heads × head size).
+        output_bias (Tensor): :math:`b_O`, (hidden).
+        gammas (tuple[Tensor, ...]): weight of each norm, (hidden).
+        betas (tuple[Tensor, ...]): bias of each norm, (hidden).
+        probe (Tensor): a fixed random direction :math:`p`, (hidden); see
+            :mod:`captum_globenc.reconstruction`.
+        output_probe (Tensor): :math:`W_O^\top p`, (heads × head size).
+        directions (Tensor): :math:`p`, and for each norm :math:`C(\gamma \odot p)`, on
+            which a vector has the projection that :math:`\gamma \odot C(v)` has on
+            :math:`p`; (hidden, 1 + norms).
+        offsets (Tensor): :math:`\langle p, b_O \rangle` and, for each norm,
+            :math:`\langle p, \beta \rangle`; (1 + norms).
+    """
+
+    def __init__(self, output: nn.Linear, norms: Sequence[nn.LayerNorm]) -> None:
+        self._stamp = _stamp(output, norms)
+        # Held so that no other tensor can take over the addresses in the stamp.
+        self._held = output.weight.detach()
+        dtype = working_dtype(output.weight.dtype)
+        hidden = output.weight.new_ones(output.out_features, dtype=dtype)
+        self.output = self._held.to(dtype)
+        self.output_bias = _value(output.bias, torch.zeros_like(hidden))
+        # Copies: the linear maps folded below must not change under their key.
+        self.gammas = tuple(_value(norm.weight, hidden).clone() for norm in norms)
+        self.betas = tuple(_value(norm.bias, 0 * hidden).clone() for norm in norms)
+        generator = torch.Generator().manual_seed(0)
+        probe = torch.randn(hidden.shape, generator=generator, dtype=torch.float64)
+        self.probe = probe.to(hidden)
+        self.output_probe = self.output.T @ self.probe
+        turned = [centre(self.probe * gamma) for gamma in self.gammas]
+        self.directions = torch.stack([self.probe, *turned], -1)
+        biases = torch.stack([self.output_bias, *self.betas])
+        self.offsets = biases @ self.probe
+        self._grams: dict[int, Tensor] = {}
+
+    def gram(self, norms: int) -> Tensor:
+        r""":math:`K = (M W_O)^\top M W_O`, with the first ``norms`` norms in M.
+
+        Two head values :math:`v, v'` of one token then have
+        :math:`\langle M W_O^h v, M W_O^{h'} v' \rangle = v^\top K^{hh'} v'`: the
+        vectors of the hidden size are never made.
+
+        Args:
+            norms (int): how many of the norms follow.
+
+        Returns:
+            *Tensor* of shape (heads × head size, heads × head size).
+        """
+        if norms not in self._grams:
+            folded = through_norms(self.output.T, self.gammas[:norms])
+            self._grams[norms] = folded @ folded.T
+        return self._grams[norms]
+
+    def is_current(self, output: nn.Linear, norms: Sequence[nn.LayerNorm]) -> bool:
+        """Whether the modules still hold the weights that this was made from.
+
+        An edit through ``weight.data`` bumps no version and is not seen here; it
+        shows when the layer is rebuilt, and the recorder then makes new weights.
+        """
+        return self._stamp is not None and self._stamp == _stamp(output, norms)
+
+
+class WeightCache:
+    """The prepared weights of one model's layers, made anew where they changed."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, LayerWeights] = {}
+
+    def get(
+        self, name: str, output: nn.Linear, norms: Sequence[nn.LayerNorm]
+    ) -> LayerWeights:
+        """The weights of the layer called ``name``."""
+        entry = self._entries.get(name)
+        if entry is None or not entry.is_current(output, norms):
+            entry = self._entries[name] = LayerWeights(output, norms)
+        return entry
+
+    def clear(self) -> None:
+        """Forget all weights."""
+        self._entries.clear()
+
+
+def _value(parameter: Tensor | None, default: Tensor) -> Tensor:
+    return default if parameter is None else parameter.detach().to(default.dtype)
+
+
+def _stamp(output: nn.Linear, norms: Sequence[nn.LayerNorm]) -> Hashable | None:
+    """What changes when the weights do; None where torch keeps no version of them."""
+    tensors = [output.weight, output.bias]
+    for norm in norms:
+        tensors += [norm.weight, norm.bias]
+    present = [t for t in tensors if t is not None]
+    if any(t.is_inference() for t in present):
+        return None
+    return tuple((t.data_ptr(), t._version, t.dtype, t.device) for t in present)

@@ -1,0 +1,186 @@
+r"""The slow, literal twin: GlobEnc from the formulas, in float64, with loops.
+
+Nothing here calls the package. One example at a time, no padding, no identities: for
+every pair of tokens the vector is built and its norm taken. The layer is computed along
+the way from the model's weights by hand, so a test can hold the oracle itself against
+the model's own hidden states.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+BERT_LIKE = {
+    "layers": "encoder.layer",
+    "query": "attention.self.query",
+    "key": "attention.self.key",
+    "value": "attention.self.value",
+    "output": "attention.output.dense",
+    "norm1": "attention.output.LayerNorm",
+    "up": "intermediate.dense",
+    "down": "output.dense",
+    "norm2": "output.LayerNorm",
+}
+DISTILBERT = {
+    "layers": "transformer.layer",
+    "query": "attention.q_lin",
+    "key": "attention.k_lin",
+    "value": "attention.v_lin",
+    "output": "attention.out_lin",
+    "norm1": "sa_layer_norm",
+    "up": "ffn.lin1",
+    "down": "ffn.lin2",
+    "norm2": "output_layer_norm",
+}
+
+
+@dataclass
+class Layer:
+    """The quantities of section 'one post-LN encoder layer', one example."""
+
+    x: Tensor  # (tokens, hidden), the input
+    alpha: Tensor  # (heads, tokens, tokens)
+    a: Tensor  # (receivers, sources, hidden), a_ij
+    y: Tensor  # (tokens, hidden), true input of LN1
+    s1: Tensor  # (tokens)
+    s2: Tensor  # (tokens)
+    gamma1: Tensor
+    gamma2: Tensor
+    output: Tensor  # (tokens, hidden)
+
+
+def gelu(x: Tensor) -> Tensor:
+    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def layer_norm(x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """(output, standard deviation) from the definition."""
+    mean = x.sum(-1) / x.shape[-1]
+    variance = ((x - mean[:, None]) ** 2).sum(-1) / x.shape[-1]
+    deviation = (variance + norm.eps).sqrt()
+    weight, bias = norm.weight.double(), norm.bias.double()
+    return (x - mean[:, None]) / deviation[:, None] * weight + bias, deviation
+
+
+def linear(x: Tensor, module: nn.Linear) -> Tensor:
+    return x @ module.weight.double().T + module.bias.double()
+
+
+@torch.no_grad()
+def run_layer(x: Tensor, layer: nn.Module, paths: dict[str, str], heads: int) -> Layer:
+    """One layer on one example, (tokens, hidden), every f^h(x_j) on its own."""
+    part = {n: layer.get_submodule(p) for n, p in paths.items() if n != "layers"}
+    tokens, hidden = x.shape
+    size = part["query"].out_features // heads
+    query, key, value = (linear(x, part[n]) for n in ("query", "key", "value"))
+    alpha = torch.zeros(heads, tokens, tokens, dtype=torch.float64)
+    a = torch.zeros(tokens, tokens, hidden, dtype=torch.float64)
+    output_weight = part["output"].weight.double()
+    for h in range(heads):
+        own = slice(h * size, (h + 1) * size)
+        for i in range(tokens):
+            logits = torch.stack(
+                [query[i, own] @ key[j, own] / math.sqrt(size) for j in range(tokens)]
+            )
+            exponentials = torch.exp(logits - logits.max())
+            alpha[h, i] = exponentials / exponentials.sum()
+        for j in range(tokens):
+            transformed = output_weight[:, own] @ value[j, own]  # f^h(x_j)
+            for i in range(tokens):
+                a[i, j] += alpha[h, i, j] * transformed
+    y = x + a.sum(1) + part["output"].bias.double()
+    z, s1 = layer_norm(y, part["norm1"])
+    o = z + linear(gelu(linear(z, part["up"])), part["down"])
+    output, s2 = layer_norm(o, part["norm2"])
+    return Layer(
+        x=x,
+        alpha=alpha,
+        a=a,
+        y=y,
+        s1=s1,
+        s2=s2,
+        gamma1=part["norm1"].weight.double(),
+        gamma2=part["norm2"].weight.double(),
+        output=output,
+    )
+
+
+def centre(v: Tensor) -> Tensor:
+    return v - v.sum() / len(v)
+
+
+@torch.no_grad()
+def vectors(layer: Layer) -> dict[str, Tensor]:
+    """a_ij, a_ij + δ x, g1_ij and g2_ij, each (receivers, sources, hidden)."""
+    tokens = len(layer.x)
+    plain, residual = layer.a.clone(), layer.a.clone()
+    g1, g2 = torch.zeros_like(plain), torch.zeros_like(plain)
+    for i in range(tokens):
+        residual[i, i] += layer.x[i]
+        for j in range(tokens):
+            g1[i, j] = layer.gamma1 * centre(residual[i, j]) / layer.s1[i]
+            g2[i, j] = layer.gamma2 * centre(g1[i, j]) / layer.s2[i]
+    return {"N": plain, "N_RES": residual, "N_RES_LN": g1, "N_ENC": g2}
+
+
+@torch.no_grad()
+def local_score(layer: Layer, name: str) -> Tensor:
+    """n_ij, (receivers, sources)."""
+    tokens = len(layer.x)
+    family = vectors(layer)
+    weights = layer.alpha.sum(0) / len(layer.alpha)
+    n = torch.zeros(tokens, tokens, dtype=torch.float64)
+    for i in range(tokens):
+        for j in range(tokens):
+            if name in family:
+                n[i, j] = (family[name][i, j] ** 2).sum().sqrt()
+            elif name == "W":
+                n[i, j] = weights[i, j]
+            elif name == "W_FIXED_RES":
+                n[i, j] = 0.5 * weights[i, j] + 0.5 * (i == j)
+            elif name == "N_FIXED_RES":
+                row = (family["N"][i] ** 2).sum(-1).sqrt()
+                n[i, j] = 0.5 * row[j] / row.sum() + 0.5 * (i == j)
+            elif name == "W_RES":
+                others = sum(family["N_ENC"][i, k] for k in range(tokens) if k != i)
+                others = others if isinstance(others, Tensor) else torch.zeros(1)
+                mixed, own = others.norm(), family["N_ENC"][i, i].norm()
+                r = mixed / (mixed + own)
+                if i == j:
+                    n[i, j] = 1 - r
+                else:
+                    rest = sum(weights[i, k] for k in range(tokens) if k != i)
+                    n[i, j] = r * weights[i, j] / rest
+            else:
+                raise KeyError(name)
+    return n
+
+
+@torch.no_grad()
+def run_encoder(encoder: nn.Module, paths: dict[str, str], ids: Tensor) -> list[Layer]:
+    """All layers on one unpadded example of ids, (tokens)."""
+    x = encoder.embeddings(input_ids=ids[None])
+    if hasattr(encoder, "embeddings_project"):
+        x = encoder.embeddings_project(x)
+    x = x[0].double()
+    layers = []
+    for module in encoder.get_submodule(paths["layers"]):
+        layers.append(run_layer(x, module, paths, encoder.config.num_attention_heads))
+        x = layers[-1].output
+    return layers
+
+
+def rollout(local: list[Tensor]) -> Tensor:
+    """R^L by loops, (receivers, sources)."""
+    result = local[0]
+    for n in local[1:]:
+        product = torch.zeros_like(result)
+        for i in range(len(n)):
+            for k in range(len(n)):
+                product[i] += n[i, k] * result[k]
+        result = product
+    return result

@@ -1,0 +1,103 @@
+"""The scores against the literal twin, over families, scores and dtypes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from captum_globenc import LOCAL_SCORES, GlobEnc
+from tests import oracle
+from tests.models import FAMILIES, build, encoder_of, padded, sentence
+
+LIMIT = {torch.float64: 1e-10, torch.float32: 1e-4}
+NAMES = ["W", "W_FIXED_RES", "W_RES", "N", "N_FIXED_RES", "N_RES", "N_RES_LN", "N_ENC"]
+LENGTHS = (9, 5, 2)
+
+
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest elementwise relative difference."""
+    return float(((actual.double() - expected) / expected).abs().max())
+
+
+def test_the_eight_scores_are_there() -> None:
+    assert sorted(LOCAL_SCORES) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_oracle_computes_the_model(family: str) -> None:
+    model = build(family)
+    encoder = encoder_of(family, model)
+    ids = sentence(8)
+    layers = oracle.run_encoder(encoder, FAMILIES[family].paths, ids)
+    with torch.no_grad():
+        states = encoder(ids[None], output_hidden_states=True).hidden_states
+    assert len(layers) == len(states) - 1 == 3
+    for layer, state in zip(layers, states[1:]):
+        torch.testing.assert_close(layer.output, state[0], rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", LIMIT, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_local_scores_and_rollout(family: str, name: str, dtype: torch.dtype) -> None:
+    model = build(family, dtype)
+    encoder = encoder_of(family, model)
+    sentences = [sentence(n, seed=n) for n in LENGTHS]
+    ids, mask = padded(sentences, extra=1)
+    globenc = GlobEnc(model, local=name)
+    found = globenc.decompose(ids, additional_forward_args=(mask,))
+    scores = globenc.attribute(ids, target=1, additional_forward_args=(mask,))
+    assert found.local.shape == (3, 3, 10, 10)
+    assert found.local.dtype == dtype
+    for row, example in enumerate(sentences):
+        n = len(example)
+        layers = oracle.run_encoder(encoder, FAMILIES[family].paths, example)
+        expected = [oracle.local_score(layer, name) for layer in layers]
+        for index, local in enumerate(expected):
+            assert relative(found.local[row, index, :n, :n], local) <= LIMIT[dtype]
+            partial = oracle.rollout(expected[: index + 1])
+            got = found.rollout(stop=index + 1)[row, :n, :n]
+            assert relative(got, partial) <= LIMIT[dtype]
+        assert relative(scores[row, :n], oracle.rollout(expected)[0]) <= LIMIT[dtype]
+        assert not scores[row, n:].any()
+        assert not found.local[row, :, n:].any()
+        assert not found.local[row, :, :, n:].any()
+        assert not found.rollout()[row, :, n:].any()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_vectors_rebuild_the_true_input_of_the_first_norm(family: str) -> None:
+    """Σ_j (Σ_h α f + δ x) + b_O, from what the package records."""
+    from captum_globenc.architectures import find_encoder
+    from captum_globenc.capture import record
+    from captum_globenc.weights import WeightCache
+
+    model = build(family)
+    ids, mask = padded([sentence(7), sentence(4)])
+    encoder = find_encoder(model)
+    assert encoder is not None
+    seen: list[torch.Tensor] = []
+    hooks = [
+        layer.attention_norm.register_forward_hook(lambda _, a, __: seen.append(a[0]))
+        for layer in encoder.layers
+    ]
+    with torch.no_grad():
+        _, run = record(lambda: model(ids, mask), encoder, WeightCache())
+    for hook in hooks:
+        hook.remove()
+    assert len(run.layers) == len(seen) == 3
+    for layer, modules, true in zip(run.layers, encoder.layers, seen):
+        alpha = layer.attention(slice(0, 7))
+        per_head = modules.output.weight.view(24, 4, 6)
+        f = torch.einsum("dhe,bhje->bhjd", per_head, layer.value)
+        a = torch.einsum("bhij,bhjd->bijd", alpha, f)
+        rebuilt = a.sum(2) + layer.hidden + modules.output.bias
+        torch.testing.assert_close(rebuilt.detach(), true, rtol=1e-11, atol=1e-11)
+
+
+def test_one_token_takes_everything_from_itself() -> None:
+    model = build("bert")
+    ids = sentence(1)[None]
+    for name, expected in (("W_RES", 1.0), ("W", 1.0), ("N_FIXED_RES", 1.0)):
+        scores = GlobEnc(model, local=name).attribute(ids, target=0)
+        assert scores.tolist() == [[expected]]
