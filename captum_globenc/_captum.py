@@ -1,7 +1,7 @@
 """The private helpers of Captum that this package needs, all imported here.
 
 They have no promise of staying; with all of them in one place, a new Captum release is
-one file to look at. Checked with captum 0.8.0 and 0.9.0.
+one file to look at. Checked with captum 0.9.0.
 """
 
 from captum._utils.common import (

@@ -295,13 +295,6 @@ class _Recorder:
         modules = self.encoder.layers[len(self._layers)]
         if module is not modules.attention:
             return
-        if mask is None and getattr(module, "is_causal", False):
-            raise UnsupportedModelError(
-                f"layer {modules.name!r} attends causally (is_decoder=True), and an "
-                "encoder that attends in both directions is expected."
-            )
-        if mask is not None:
-            _check_mask(mask, query, key)
         if self._attended is None:
             self._attended = _attended(mask, query)
             _check_attended(self._attended)
@@ -402,33 +395,41 @@ def _attention(
             f"{type(module).__name__} attends with {', '.join(foreign)}, which is no "
             "plain softmax over values and cannot be decomposed."
         )
+    if attention_mask is not None:
+        _check_mask(attention_mask, query, key)
     output = sdpa_attention_forward(
         module, query, key, value, attention_mask, scaling=scaling, **kwargs
     )
     recorder = getattr(_ACTIVE, "recorder", None)
     if recorder is not None:
         factor = query.shape[-1] ** -0.5 if scaling is None else scaling
+        causal = kwargs.get("is_causal")
+        if causal is None:
+            causal = getattr(module, "is_causal", True)
+        if attention_mask is None and causal:
+            # Without a mask a causal module leaves the masking to sdpa.
+            square = query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool)
+            attention_mask = square.tril()[None, None]
         recorder.attend(module, query, key, value, attention_mask, factor, output[0])
     return output  # type: ignore[no-any-return]
 
 
 def _mask(
-    batch_size: int,
-    q_length: int,
-    *args: Any,
-    attention_mask: Tensor | None = None,
-    **kwargs: Any,
+    *, batch_size: int, attention_mask: Tensor | None = None, **kwargs: Any
 ) -> Tensor | None:
     """The mask function beside it: checks a mask that still is (batch, tokens)."""
     if attention_mask is not None:
-        if tuple(attention_mask.shape) != (batch_size, q_length):
+        # Older releases name the queries by their positions in a cache.
+        positions = kwargs.get("cache_position")
+        tokens = kwargs["q_length"] if positions is None else len(positions)
+        if tuple(attention_mask.shape) != (batch_size, tokens):
             raise InputError(
                 f"the attention mask has shape {tuple(attention_mask.shape)}, and "
-                f"(batch, tokens) = {(batch_size, q_length)} is expected."
+                f"(batch, tokens) = {(batch_size, tokens)} is expected."
             )
         _check_attended(attention_mask.bool())
     return sdpa_mask(  # type: ignore[no-any-return]
-        batch_size, q_length, *args, attention_mask=attention_mask, **kwargs
+        batch_size=batch_size, attention_mask=attention_mask, **kwargs
     )
 
 
@@ -502,7 +503,7 @@ def _check_mask(mask: Tensor, query: Tensor, key: Tensor) -> None:
             f"does not fit (batch, heads, receivers, sources) = {full}."
         )
     if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise UnsupportedModelError(
+        raise InputError(
             f"an attention mask of dtype {mask.dtype} is not understood: bool (True: "
             "attended) or floating point (added to the logits) is expected."
         )

@@ -111,6 +111,8 @@ def build(
     described = FAMILIES[family]
     config = described.config()
     config._attn_implementation = attention
+    if head is t.BertForQuestionAnswering:
+        config.num_labels = 2  # start and end
     return randomize((head or described.head)(config)).to(dtype).eval()
 
 

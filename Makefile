@@ -1,0 +1,69 @@
+# make demo    explain a sentence with the embedded classifier
+# make test    run the tests
+# make help    everything else
+
+PYTHON ?= python3
+VENV ?= .venv
+TEXT ?= A lovely film, full of wit, that never becomes dull.
+
+BIN = $(VENV)/bin
+FLOOR = .venv-floor
+SETTINGS = setup.cfg pyproject.toml constraints.txt
+PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help demo test test-floor lint wheel bench picture clean
+
+help:
+	@echo "make demo        explain a sentence (TEXT=\"...\") with the embedded classifier"
+	@echo "make test        run the tests"
+	@echo "make test-floor  run the tests with the oldest supported dependencies"
+	@echo "make lint        ruff and mypy"
+	@echo "make wheel       build the wheel and run it in a clean environment"
+	@echo "make bench       measure the cost table of the README (minutes)"
+	@echo "make picture     draw the picture of the README"
+	@echo "make clean       remove what the others made"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "captum_globenc needs Python 3.11 or newer: make PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: $(BIN)/python $(SETTINGS)
+	$(BIN)/python $(PIP_INSTALL) --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(BIN)/python $(PIP_INSTALL) --constraint constraints.txt --editable ".[test]"
+	@touch $@
+
+$(VENV)/installed-tools: $(VENV)/installed
+	$(BIN)/python $(PIP_INSTALL) --constraint constraints.txt --editable ".[bench,lint]"
+	@touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/captum-globenc explain "$(TEXT)"
+
+test: $(VENV)/installed-test
+	$(BIN)/python -m pytest
+
+test-floor: constraints-floor.txt setup.cfg
+	$(PYTHON) -m venv $(FLOOR)
+	$(FLOOR)/bin/python $(PIP_INSTALL) --constraint constraints-floor.txt --editable ".[test]"
+	$(FLOOR)/bin/python -m pytest
+
+lint: $(VENV)/installed-tools
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+wheel: $(VENV)/installed-test
+	$(BIN)/python -m pytest -m wheel tests/test_wheel.py
+
+bench: $(VENV)/installed-tools
+	$(BIN)/python benchmarks/cost.py --output benchmarks/cost.json
+
+picture: $(VENV)/installed
+	$(BIN)/python docs/make_picture.py
+
+clean:
+	rm -rf $(VENV) $(FLOOR) build dist *.egg-info
