@@ -3,9 +3,9 @@
 
 In one process, on a random model of the size of BERT-base, one after the other in each
 round: the forward pass (sdpa), GlobEnc, the literal textbook form of GlobEnc, and
-Captum's IntegratedGradients with 50 steps. The last two take long and join fewer rounds.
-Each ratio is the median over rounds of two times from the same round, so that a machine
-whose speed drifts gives the same answer.
+Captum's IntegratedGradients with 50 steps. The last two take long and join fewer
+rounds. Each ratio is the median over rounds of two times from the same round, so that a
+machine whose speed drifts gives the same answer.
 
     python benchmarks/cost.py --output cost.json
 """

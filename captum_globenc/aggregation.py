@@ -18,10 +18,8 @@ from torch import Tensor
 from captum_globenc.local import LocalScore
 from captum_globenc.records import EncoderRecord, Receivers, take
 
-# Attention weights held at once, in numbers: few enough to stay in or near the cache,
-# whatever the batch (first) and the length (second).
-_GROUP_NUMBERS = 2**18
-_BLOCK_NUMBERS = 2**21
+# Attention weights held at once: 8 MB in float32, whatever the batch and the length.
+_HELD = 2**21
 
 
 @dataclass(frozen=True)
@@ -73,14 +71,14 @@ def sweep(
         *Scaled* values of shape (batch, tokens).
     """
     batch, tokens = start.shape
-    size = max(1, _GROUP_NUMBERS // (run.heads * tokens**2))
+    size = max(1, _HELD // (run.heads * tokens**2))
     groups = [slice(first, first + size) for first in range(0, batch, size)]
     row = Scaled.of(start)
     # Layers outside and groups inside: a layer's weights are then fetched once.
     for layer in reversed(run.layers):
         total = torch.zeros_like(row.values)
         for group in groups:
-            rows = score(layer.examples(group))
+            rows = score(layer if size >= batch else layer.examples(group))
             own = row.values[group]
             for block in blocks(own.shape, run.heads) if top is None else [top[group]]:
                 total[group] += torch.bmm(take(own, block)[:, None], rows(block))[:, 0]
@@ -92,7 +90,7 @@ def sweep(
 def blocks(shape: Sequence[int], heads: int) -> Iterator[Receivers]:
     """All receivers of a (batch, tokens) run, in blocks of bounded size."""
     batch, tokens = shape
-    size = max(1, _BLOCK_NUMBERS // (batch * heads * tokens))
+    size = max(1, _HELD // (batch * heads * tokens))
     for first in range(0, tokens, size):
         yield slice(first, min(first + size, tokens))
 

@@ -97,7 +97,7 @@ def register_architecture(model_type: str, architecture: Architecture) -> None:
 
         >>> from captum_globenc import Architecture, register_architecture
         >>> register_architecture(
-        ...     "my-bert",
+        ...     "their-bert",
         ...     Architecture(
         ...         embeddings="embeddings",
         ...         positions="embeddings.position_embeddings",

@@ -42,7 +42,7 @@ from captum_globenc.reconstruction import (
     tolerance,
 )
 from captum_globenc.records import EncoderRecord, LayerRecord
-from captum_globenc.weights import LayerWeights, WeightCache, working_dtype
+from captum_globenc.weights import LayerWeights, WeightCache, centre, working_dtype
 
 _NAME = "captum_globenc"
 # Arguments with which an attention function computes more than softmax(QK)V.
@@ -114,10 +114,10 @@ def _installed_on_sight(recorder: _Recorder) -> Iterator[None]:
 
 
 @contextmanager
-def _switched(encoder: nn.Module) -> Iterator[None]:
-    """All attention inside ``encoder`` through :func:`_attention`."""
+def _switched(modules: list[nn.Module]) -> Iterator[None]:
+    """All attention inside an encoder of these modules through :func:`_attention`."""
     configs: dict[int, Any] = {}
-    waiting = [vars(module).get("config") for module in encoder.modules()]
+    waiting = [vars(module).get("config") for module in modules]
     while waiting:
         config = waiting.pop(0)
         if hasattr(config, "_attn_implementation") and id(config) not in configs:
@@ -165,8 +165,9 @@ class _Recorder:
         """Hooks, attention function and evaluation mode in; all restored at the end."""
         self.encoder = encoder
         with ExitStack() as undo:
-            undo.enter_context(_switched(encoder.module))
-            for module in encoder.module.modules():
+            everything = list(encoder.module.modules())
+            undo.enter_context(_switched(everything))
+            for module in everything:
                 if module.training:
                     # Not module.train(): it would also switch this module's parts.
                     undo.callback(setattr, module, "training", True)
@@ -298,7 +299,7 @@ class _Recorder:
         if self._attended is None:
             self._attended = _attended(mask, query)
             _check_attended(self._attended)
-            self._sampled = sampled(query.shape[2], query.device)
+            self._sampled = sampled(query.shape[2])
         self._draft.attention = {
             "query": query.detach(),
             "key": key.detach(),
@@ -346,17 +347,14 @@ class _Recorder:
                 **draft.attention,
             )
         )
-        chosen = self._sampled
+        rows = self._sampled
         steps = (draft.hidden, first, normed, fed, second, last, output)
         self._samples.append(
             LayerSample(
                 name=modules.name,
-                vectors=torch.stack([step.index_select(1, chosen) for step in steps]),
-                context=draft.context.flatten(2).index_select(1, chosen),
-                scales=(
-                    scales[0].index_select(1, chosen),
-                    scales[1].index_select(1, chosen),
-                ),
+                vectors=torch.stack([step[:, rows] for step in steps]),
+                context=draft.context.flatten(2)[:, rows].clone(),
+                scales=(scales[0][:, rows], scales[1][:, rows]),
                 weights=draft.weights,
                 tolerance=tolerance(value.dtype, draft.hidden.dtype),
             )
@@ -364,7 +362,7 @@ class _Recorder:
 
     def _check_layers(self) -> None:
         assert self._attended is not None
-        check_layers(self._samples, self._attended.index_select(1, self._sampled))
+        check_layers(self._samples, self._attended[:, self._sampled])
 
     def _renew_weights(self) -> None:
         """Prepare all weights again: an edit of ``weight.data`` leaves no trace."""
@@ -440,12 +438,11 @@ AttentionMaskInterface.register(_NAME, _mask)
 
 def _scale(vectors: Tensor, norm: nn.LayerNorm) -> Tensor:
     """sqrt(var + eps) over the hidden dimension, biased, (batch, tokens)."""
-    values = vectors.to(working_dtype(vectors.dtype))
-    # torch's own kernel for it; var() takes five times as long.
-    *_, reciprocal = torch.native_layer_norm(
-        values, norm.normalized_shape, None, None, norm.eps
-    )
-    return 1 / reciprocal[..., 0]
+    values = centre(vectors.to(working_dtype(vectors.dtype)))
+    # Not var(), which takes five times as long.
+    squares = values.norm(dim=-1).square()
+    scale: Tensor = (squares / values.shape[-1] + norm.eps).sqrt()
+    return scale
 
 
 def _attended(mask: Tensor | None, query: Tensor) -> Tensor:

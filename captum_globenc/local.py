@@ -35,8 +35,8 @@ LocalScore = Callable[[LayerRecord], Rows]
 
 # How many tokens and heads are multiplied at once: few enough to stay in the cache and
 # to leave out most of the symmetric half, enough to keep the processor busy.
-_TOKEN_CHUNK = 256
-_HEAD_GROUP = 4
+_TOKEN_CHUNK = 512
+_HEAD_GROUP = 6
 
 
 def attention_weights(record: LayerRecord) -> Rows:
@@ -160,7 +160,7 @@ def _source_gram(record: LayerRecord, norms: int) -> Tensor:
     """
     value = record.value.to(record.dtype).transpose(1, 2).contiguous()
     batch, tokens, heads, size = value.shape
-    folded = record.weights.gram(norms).view(heads, size, heads * size)
+    folded = record.weights.gram(norms, heads).view(heads, size, heads * size)
     value = value.view(batch * tokens, heads, size)
     gram = value.new_zeros(batch * tokens, heads, heads)
     for first in range(0, batch * tokens, _TOKEN_CHUNK):
@@ -173,8 +173,7 @@ def _source_gram(record: LayerRecord, norms: int) -> Tensor:
             mapped = mapped.view(-1, len(chunk), heads - head, size)
             products = mapped.mul_(chunk[:, head:]).sum(-1)
             gram[first : first + _TOKEN_CHUNK, group, head:] = products.transpose(0, 1)
-    # The entries below the diagonal are those above it.
-    return (gram.triu() + gram.triu(1)).view(batch, tokens, heads, heads)
+    return gram.view(batch, tokens, heads, heads)
 
 
 def _quadratic(gram: Tensor, alpha: Tensor) -> Tensor:

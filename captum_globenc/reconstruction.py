@@ -20,7 +20,7 @@ from torch import Tensor
 from captum_globenc.errors import ReconstructionError
 from captum_globenc.weights import LayerWeights, working_dtype
 
-# How many tokens of an example are a sample.
+# At most so many tokens of an example are a sample.
 _SAMPLE = 16
 
 _TOLERANCE = {
@@ -68,9 +68,9 @@ class LayerSample:
     tolerance: float
 
 
-def sampled(tokens: int, device: torch.device) -> Tensor:
-    """Positions of the sampled tokens: evenly spread, the first and last among them."""
-    return torch.linspace(0, tokens - 1, min(tokens, _SAMPLE), device=device).long()
+def sampled(tokens: int) -> slice:
+    """Positions of the sampled tokens: evenly spread, the first among them."""
+    return slice(None, None, -(-tokens // _SAMPLE))
 
 
 def check_layers(samples: Sequence[LayerSample], attended: Tensor) -> None:
@@ -159,4 +159,5 @@ def check(
 
 
 def _largest(values: Tensor) -> Tensor:
-    return values.abs().flatten(1).amax(1)
+    largest: Tensor = values.flatten(1).norm(p=torch.inf, dim=1)
+    return largest

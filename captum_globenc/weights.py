@@ -80,22 +80,32 @@ class LayerWeights:
         self.offsets = biases @ self.probe
         self._grams: dict[int, Tensor] = {}
 
-    def gram(self, norms: int) -> Tensor:
+    def gram(self, norms: int, heads: int) -> Tensor:
         r""":math:`K = (M W_O)^\top M W_O`, with the first ``norms`` norms in M.
 
-        Two head values :math:`v, v'` of one token then have
+        Two head values :math:`v, v'` of one token have
         :math:`\langle M W_O^h v, M W_O^{h'} v' \rangle = v^\top K^{hh'} v'`: the
-        vectors of the hidden size are never made.
+        vectors of the hidden size are never made. For a quadratic form over heads half
+        of K is enough, so its blocks are folded onto the upper triangle.
 
         Args:
             norms (int): how many of the norms follow.
+            heads (int): the number of heads.
 
         Returns:
-            *Tensor* of shape (heads × head size, heads × head size).
+            *Tensor* of shape (heads × head size, heads × head size): the blocks
+            :math:`h = h'` as they are, those of :math:`h < h'` doubled, the rest zero.
         """
         if norms not in self._grams:
-            folded = through_norms(self.output.T, self.gammas[:norms])
-            self._grams[norms] = folded @ folded.T
+            mapped = through_norms(self.output.T, self.gammas[:norms])
+            gram = mapped @ mapped.T
+            size = len(gram) // heads
+            blocks = gram.new_full((heads, heads), 2).triu(1) + torch.eye(heads).to(
+                gram
+            )
+            self._grams[norms] = gram * blocks.repeat_interleave(
+                size, 0
+            ).repeat_interleave(size, 1)
         return self._grams[norms]
 
     def is_current(self, output: nn.Linear, norms: Sequence[nn.LayerNorm]) -> bool:

@@ -328,8 +328,7 @@ def test_nothing_quadratic_is_built(name: str, monkeypatch: pytest.MonkeyPatch) 
     """No (receivers, sources, hidden), and no attention matrix of all receivers."""
     from captum_globenc import aggregation
 
-    monkeypatch.setattr(aggregation, "_BLOCK_NUMBERS", 4 * 40 * 8)  # 8 receivers
-    monkeypatch.setattr(aggregation, "_GROUP_NUMBERS", 1)
+    monkeypatch.setattr(aggregation, "_HELD", 4 * 40 * 8)
     model = build("bert")
     ids = torch.stack([sentence(40, seed=s) for s in (1, 2)])
     globenc = GlobEnc(model, local=name)

@@ -1,4 +1,4 @@
-"""The wheel in a clean environment, without the checkout. Takes minutes: `make wheel`."""
+"""The wheel in a clean environment, without the checkout: `make wheel` (minutes)."""
 
 from __future__ import annotations
 

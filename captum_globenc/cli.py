@@ -1,0 +1,234 @@
+"""The command line: ``captum-globenc``.
+
+Torch and transformers take seconds to import, so they are imported where a command has
+to run a model, and ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from captum_globenc import __version__
+from captum_globenc.errors import GlobEncError, InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from captum_globenc.explanation import Explanation
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+# Paragraphs of one line each: the help keeps their ends.
+_EXAMPLES = """
+[bold]Examples[/]
+
+  captum-globenc explain "A lovely film for the holiday season."
+
+  captum-globenc explain "Too long and too loud." --target positive
+
+  captum-globenc explain "Fine." --methods globenc,saliency --local N_RES
+
+  captum-globenc explain "Fine." --model path/to/classifier --html fine.html
+
+  captum-globenc explain --json -- "-1 out of 10." > scores.json
+"""
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"captum-globenc {__version__}")
+        raise typer.Exit
+
+
+@app.callback(epilog=_EXAMPLES)
+def main(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_version,
+            is_eager=True,
+            metavar="",
+            help="Show the version.",
+        ),
+    ] = False,
+) -> None:
+    """Token attribution for transformer encoders."""
+
+
+@app.command(epilog=_EXAMPLES)
+def explain(
+    text: Annotated[
+        str,
+        typer.Argument(
+            metavar="TEXT",
+            help="The sentence to explain; after -- where it begins with a dash.",
+        ),
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH_OR_NAME",
+            help="Folder or Hugging Face name of a sequence classifier "
+            "(default: the film-review classifier that ships with the package).",
+        ),
+    ] = None,
+    methods: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,...",
+            help="Any of globenc, integrated_gradients, saliency, input_x_gradient.",
+        ),
+    ] = "globenc,integrated_gradients,saliency",
+    local: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="The local score of globenc: W, W_FIXED_RES, W_RES, N, N_FIXED_RES, "
+            "N_RES, N_RES_LN or N_ENC.",
+        ),
+    ] = "N_ENC",
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LABEL_OR_INDEX",
+            help="The class to explain (default: the predicted one).",
+        ),
+    ] = None,
+    truncate: Annotated[
+        bool,
+        typer.Option(
+            "--truncate",
+            metavar="",
+            help="Cut a text that is too long for the model.",
+        ),
+    ] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also write a standalone page."),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", metavar="", help="Print JSON and nothing else.")
+    ] = False,
+) -> None:
+    """Show which tokens of TEXT matter to a classifier, by several methods."""
+    from captum_globenc.explanation import explain as explain_text
+
+    _mute_transformers()
+    try:
+        explanation = explain_text(
+            *_load(model),
+            text,
+            [name.strip() for name in methods.split(",")],
+            local=local,
+            target=target,
+            truncate=truncate,
+        )
+    except GlobEncError as error:
+        _fail(str(error))
+    if html is not None:
+        _write_page(explanation, html)
+    if as_json:
+        typer.echo(json.dumps(explanation.to_dict(), indent=2, allow_nan=False))
+    else:
+        _print(explanation)
+    if html is not None:
+        typer.echo(f"Wrote {html}", err=as_json)
+
+
+def _load(
+    name: str | None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The classifier of this name and its tokenizer.
+
+    Raises:
+        InputError: there is none, or it is no trained classifier.
+    """
+    if name is None:
+        from captum_globenc import demo
+
+        return demo.load_classifier()
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    here = Path(name).is_dir()
+    # Code that comes with a model is never run.
+    source = {
+        "trust_remote_code": False,
+        "local_files_only": here or not _hub_knows(name),
+    }
+    try:
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            name, dtype="float32", output_loading_info=True, **source
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name, **source)
+    except Exception as error:  # a folder can be wrong in any way
+        if not here and isinstance(error, OSError):
+            raise InputError(
+                f"model {name!r}: there is no such folder, and the Hugging Face hub "
+                "has no such model or cannot be reached."
+            ) from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"model {name!r} cannot be loaded: {reason}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise InputError(
+            f"model {name!r} is no trained sequence classifier: it has no weights for "
+            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}."
+        )
+    return model.eval(), tokenizer
+
+
+def _hub_knows(name: str) -> bool:
+    """Whether the hub answers for this model, asked once.
+
+    Without a network transformers would ask again and again for half a minute.
+    """
+    from huggingface_hub import model_info
+
+    try:
+        model_info(name, timeout=10)
+    except Exception:  # whatever it is, the model can still be in the cache
+        return False
+    return True
+
+
+def _mute_transformers() -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _write_page(explanation: Explanation, path: Path) -> None:
+    from captum_globenc.visualization import to_html
+
+    try:
+        path.write_text(to_html(explanation), encoding="utf-8")
+    except OSError as error:
+        _fail(f"cannot write {str(path)!r}: {error.strerror}.")
+
+
+def _print(explanation: Explanation) -> None:
+    from rich.console import Console
+
+    from captum_globenc.visualization import to_terminal
+
+    # Where the encoding lacks a character of the text, a "?" is better than an error.
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    Console().print(to_terminal(explanation))
+
+
+def _fail(message: str) -> NoReturn:
+    """End with one sentence and the exit code of bad input."""
+    typer.echo(f"captum-globenc: {message}", err=True)
+    raise typer.Exit(2)

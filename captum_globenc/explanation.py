@@ -1,0 +1,322 @@
+"""One sentence, one classifier, several methods: what to show and what to save."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+
+from captum_globenc.architectures import find_encoder, unsupported
+from captum_globenc.errors import InputError, NonFiniteActivationError
+from captum_globenc.methods import Method, methods_named
+
+_MOST_LABELS_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    """What the model says about one class.
+
+    Args:
+        index (int): position among the model's outputs.
+        label (str): its name in the model's config.
+        logit (float): the output itself.
+        probability (float or None): softmax of the outputs, or the sigmoid of this one
+            for a multi-label model; None for a regression, whose value is ``logit``.
+    """
+
+    index: int
+    label: str
+    logit: float
+    probability: float | None
+
+
+@dataclass(frozen=True)
+class MethodScores:
+    """One method's scores.
+
+    Args:
+        name (str): a key of ``captum_globenc.methods.METHODS``.
+        scores (tuple[float, ...]): one per token, special tokens included.
+        seconds (float): the time it took, preparation at first use included.
+    """
+
+    name: str
+    scores: tuple[float, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The methods' scores for one sentence.
+
+    Args:
+        text (str): the sentence as it was given.
+        model (str): name or folder of the model.
+        tokens (tuple[str, ...]): the tokens that the model saw, readable.
+        special (tuple[bool, ...]): which of them the tokenizer added ([CLS], [SEP]).
+        dropped_tokens (int): how many tokens truncation cut off at the end.
+        predicted (ClassScore): the class with the largest output.
+        target (ClassScore): the class that is explained.
+        local (str): the local score of ``globenc``.
+        methods (tuple[MethodScores, ...]): in the order asked for.
+    """
+
+    text: str
+    model: str
+    tokens: tuple[str, ...]
+    special: tuple[bool, ...]
+    dropped_tokens: int
+    predicted: ClassScore
+    target: ClassScore
+    local: str
+    methods: tuple[MethodScores, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values; all floats are finite."""
+        return asdict(self)
+
+
+def explain(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    methods: str | Iterable[str] = ("globenc", "integrated_gradients", "saliency"),
+    *,
+    local: str = "N_ENC",
+    target: str | int | None = None,
+    truncate: bool = False,
+) -> Explanation:
+    r"""Score the tokens of a sentence by several methods.
+
+    The model runs in evaluation mode and is left as it was found.
+
+    Args:
+        model (PreTrainedModel): a sequence classifier with a supported encoder.
+        tokenizer (PreTrainedTokenizerBase): the model's tokenizer.
+        text (str): the sentence.
+        methods (str or iterable of str, optional): keys of
+            ``captum_globenc.methods.METHODS``. Default: globenc, integrated_gradients
+            and saliency.
+        local (str, optional): the local score of ``globenc``, a key of
+            ``captum_globenc.LOCAL_SCORES``. Default: ``"N_ENC"``.
+        target (str or int, optional): the class to explain: its label (in any case,
+            where that is unambiguous) or its index. Default: the predicted class.
+        truncate (bool, optional): cut a text that is too long instead of raising.
+            Default: False.
+
+    Returns:
+        *Explanation*. Its seconds per method are those of one run, preparation at
+        first use included.
+
+    Raises:
+        InputError: text, method, local score or target that cannot be explained.
+        UnsupportedModelError: no supported encoder.
+        NonFiniteActivationError: NaN or infinity in outputs or scores.
+
+    Examples::
+
+        >>> from captum_globenc import demo
+        >>> from captum_globenc.explanation import explain
+        >>> explanation = explain(*demo.load_classifier(), "A lovely film.")
+        >>> explanation.predicted.label
+        'positive'
+        >>> explanation.tokens
+        ('[CLS]', 'a', 'lovely', 'film', '.', '[SEP]')
+    """
+    chosen = methods_named(methods, local=local)
+    _check_text(text)
+    encoder = find_encoder(model)
+    if encoder is None:
+        raise unsupported(model)
+    encoding, dropped = _tokenize(tokenizer, text, encoder.max_tokens, truncate)
+    ids = torch.tensor([encoding["input_ids"]], device=model.device)
+    _check_vocabulary(ids, model)
+    mask = torch.ones_like(ids)
+    with _evaluating(model):
+        outputs = _class_scores(model, ids, mask)
+        predicted = max(outputs, key=lambda output: output.logit)
+        explained = predicted if target is None else _find_target(target, outputs)
+        scores = tuple(
+            _timed(name, method, model, ids, mask, explained.index, tokenizer)
+            for name, method in chosen.items()
+        )
+    return Explanation(
+        text=text,
+        model=_model_name(model),
+        tokens=_readable_tokens(tokenizer, encoding, text),
+        special=tuple(bool(flag) for flag in encoding["special_tokens_mask"]),
+        dropped_tokens=dropped,
+        predicted=predicted,
+        target=explained,
+        local=local,
+        methods=scores,
+    )
+
+
+def _check_text(text: object) -> None:
+    if not isinstance(text, str):
+        raise InputError(f"text must be a str, got {type(text).__name__}: {text!r}")
+    if not text.strip():
+        raise InputError(f"the text is empty ({text!r}): give at least one word.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        wrong = text[error.start]
+        raise InputError(
+            f"the text is not valid Unicode: it holds {wrong!r}."
+        ) from None
+
+
+def _tokenize(
+    tokenizer: PreTrainedTokenizerBase, text: str, most: int, truncate: bool
+) -> tuple[BatchEncoding, int]:
+    """The encoding, of at most ``most`` tokens, and how many were cut off for that."""
+    # verbose=False: a text longer than tokenizer.model_max_length is handled here.
+    encoding = tokenizer(text, return_special_tokens_mask=True, verbose=False)
+    tokens = len(encoding["input_ids"])
+    if all(encoding["special_tokens_mask"]):
+        raise InputError(f"the tokenizer finds no token in the text {text!r}.")
+    if tokens <= most:
+        return encoding, 0
+    if not truncate:
+        raise InputError(
+            f"the text has {tokens} tokens and the model has positions for {most}: "
+            "shorten it, or ask for truncation (truncate=True, on the command line "
+            "--truncate)."
+        )
+    encoding = tokenizer(
+        text, return_special_tokens_mask=True, truncation=True, max_length=most
+    )
+    return encoding, tokens - len(encoding["input_ids"])
+
+
+def _check_vocabulary(ids: Tensor, model: PreTrainedModel) -> None:
+    size = model.get_input_embeddings().num_embeddings
+    largest = int(ids.max())
+    if largest >= size:
+        raise InputError(
+            f"the tokenizer gives id {largest} and {type(model).__name__} has a "
+            f"vocabulary of {size}: the tokenizer belongs to another model."
+        )
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """No dropout inside; every module's mode is put back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _class_scores(
+    model: PreTrainedModel, ids: Tensor, mask: Tensor
+) -> list[ClassScore]:
+    """The model's outputs for the sentence, one per class."""
+    with torch.no_grad():
+        output = model(input_ids=ids, attention_mask=mask)
+    logits = getattr(output, "logits", None)
+    if logits is None or logits.ndim != 2:
+        raise InputError(
+            f"{type(model).__name__} is no sequence classifier: logits of shape "
+            f"(1, labels) are expected, got {None if logits is None else logits.shape}."
+        )
+    values = logits[0].double()
+    if not values.isfinite().all():
+        raise NonFiniteActivationError(
+            f"{type(model).__name__} gives NaN or infinity for this text."
+        )
+    probabilities = _probabilities(values, model.config.problem_type)
+    labels = model.config.id2label
+    return [
+        ClassScore(index, str(labels.get(index, index)), logit, probability)
+        for index, (logit, probability) in enumerate(
+            zip(values.tolist(), probabilities, strict=True)
+        )
+    ]
+
+
+def _probabilities(logits: Tensor, problem_type: str | None) -> list[Any]:
+    if problem_type == "multi_label_classification":
+        return logits.sigmoid().tolist()
+    # As transformers does where no problem type is set: one output is a regression.
+    if problem_type == "regression" or len(logits) == 1:
+        return [None] * len(logits)
+    return logits.softmax(0).tolist()
+
+
+def _find_target(target: object, outputs: list[ClassScore]) -> ClassScore:
+    """The class that is meant: a label before an index, for labels such as ``"1"``."""
+    labels = [output.label for output in outputs]
+    folded = [label.casefold() for label in labels]
+    if target in labels:
+        return outputs[labels.index(str(target))]
+    name = str(target)
+    if folded.count(name.casefold()) == 1:
+        return outputs[folded.index(name.casefold())]
+    known = ", ".join(f"{o.index} {o.label}" for o in outputs[:_MOST_LABELS_SHOWN])
+    known += ", ..." if len(outputs) > _MOST_LABELS_SHOWN else ""
+    try:
+        index = int(name)
+    except ValueError:
+        near = difflib.get_close_matches(name.casefold(), folded, n=1)
+        hint = f" Did you mean {labels[folded.index(near[0])]!r}?" if near else ""
+        raise InputError(f"unknown label {target!r}; known: {known}.{hint}") from None
+    if not 0 <= index < len(outputs):
+        raise InputError(
+            f"target {target!r} is outside the model's {len(outputs)} labels: {known}."
+        )
+    return outputs[index]
+
+
+def _timed(
+    name: str,
+    method: Method,
+    model: PreTrainedModel,
+    ids: Tensor,
+    mask: Tensor,
+    target: int,
+    tokenizer: PreTrainedTokenizerBase,
+) -> MethodScores:
+    start = time.perf_counter()
+    # tolist also waits for an accelerator, so it belongs inside.
+    scores = method(model, ids, mask, target, tokenizer).tolist()
+    seconds = time.perf_counter() - start
+    if not all(map(math.isfinite, scores)):
+        raise NonFiniteActivationError(f"{name} gives NaN or infinity for this text.")
+    return MethodScores(name, tuple(scores), seconds)
+
+
+def _readable_tokens(
+    tokenizer: PreTrainedTokenizerBase, encoding: BatchEncoding, text: str
+) -> tuple[str, ...]:
+    """The tokens as text: ``film`` for ``Ġfilm``, a character for each of its bytes."""
+    tokens = tokenizer.convert_ids_to_tokens(encoding["input_ids"])
+    readable = []
+    for position, token in enumerate(tokens):
+        shown = tokenizer.convert_tokens_to_string([token]).strip()
+        if "\N{REPLACEMENT CHARACTER}" in shown and encoding.is_fast:
+            # A byte of a longer character: what it is part of, from the text.
+            span = encoding.token_to_chars(0, position)
+            shown = text[span.start : span.end] if span else shown
+        readable.append(shown.strip() or "\N{OPEN BOX}")
+    return tuple(readable)
+
+
+def _model_name(model: PreTrainedModel) -> str:
+    """The name on the hub or the folder's name: pages need not show a whole path."""
+    name = model.name_or_path or type(model).__name__
+    return Path(name).name if Path(name).is_absolute() else name
