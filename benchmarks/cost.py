@@ -57,11 +57,11 @@ def textbook(model: BertForSequenceClassification, ids: Tensor) -> Tensor:
     """GlobEnc as the formulas stand, one example at a time, (batch, tokens)."""
     rows = []
     for example in ids:
-        _, run = record(
+        run = record(
             lambda example=example: model(example[None]),
             find_encoder(model),
             WeightCache(),
-        )
+        ).run
         rollout = textbook_layer(run.layers[0])
         for layer in run.layers[1:]:
             rollout = textbook_layer(layer) @ rollout

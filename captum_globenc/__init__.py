@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         supported_model_types,
     )
     from captum_globenc.attribution.globenc import GlobEnc
+    from captum_globenc.attribution.layer_globenc import LayerGlobEnc
     from captum_globenc.errors import (
         GlobEncError,
         InputError,
@@ -36,6 +37,7 @@ _HOMES = {
     "GlobEncError": "errors",
     "InputError": "errors",
     "LOCAL_SCORES": "local",
+    "LayerGlobEnc": "attribution.layer_globenc",
     "NonFiniteActivationError": "errors",
     "ReconstructionError": "errors",
     "UnsupportedModelError": "errors",
@@ -50,6 +52,7 @@ __all__ = [
     "GlobEnc",
     "GlobEncError",
     "InputError",
+    "LayerGlobEnc",
     "NonFiniteActivationError",
     "ReconstructionError",
     "UnsupportedModelError",

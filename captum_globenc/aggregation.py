@@ -57,7 +57,7 @@ class Scaled:
 
 def sweep(
     run: EncoderRecord, score: LocalScore, start: Tensor, top: Tensor | None
-) -> Scaled:
+) -> Iterator[Scaled]:
     """Rows of the rollout without its matrices: ``r ← r n^l`` from the top layer down.
 
     Args:
@@ -67,8 +67,10 @@ def sweep(
         top (Tensor or None): (batch, receivers), the receivers that have a weight,
             where they are few; None: all.
 
-    Returns:
-        *Scaled* values of shape (batch, tokens).
+    Yields:
+        *Scaled* values of shape (batch, tokens): what the start takes from each token
+        of the input of the top layer, then of the next lower one, and so on. The last
+        are the scores of the encoder's input.
     """
     batch, tokens = start.shape
     size = max(1, _HELD // (run.heads * tokens**2))
@@ -84,7 +86,7 @@ def sweep(
                 total[group] += torch.bmm(take(own, block)[:, None], rows(block))[:, 0]
         row = Scaled.of(total, row.exponent)
         top = None
-    return row
+        yield row
 
 
 def blocks(shape: Sequence[int], heads: int) -> Iterator[Receivers]:

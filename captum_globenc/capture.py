@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -56,19 +56,33 @@ _ACTIVE = threading.local()
 Output = TypeVar("Output")
 
 
-def record(
-    run: Callable[[], Output], encoder: Encoder | None, weights: WeightCache
-) -> tuple[Output, EncoderRecord]:
-    """Call ``run`` once and record the encoder that runs in it.
+class Captured(NamedTuple, Generic[Output]):
+    """What :func:`record` returns.
 
     Args:
-        run (callable): calls the model, once.
+        output (Any): what the recorded function returned.
+        run (EncoderRecord): the encoder's run.
+        encoder (Encoder): the encoder.
+    """
+
+    output: Output
+    run: EncoderRecord
+    encoder: Encoder
+
+
+def record(
+    function: Callable[[], Output], encoder: Encoder | None, weights: WeightCache
+) -> Captured[Output]:
+    """Call ``function`` once and record the encoder that runs in it.
+
+    Args:
+        function (callable): calls the model, once.
         encoder (Encoder or None): the encoder to record; None: the first supported one
             that runs.
         weights (WeightCache): prepared weights of earlier runs.
 
     Returns:
-        *tuple* of what ``run`` returned and the *EncoderRecord*.
+        *Captured*: what the function returned, the record, and whose it is.
 
     Raises:
         UnsupportedModelError: no supported encoder ran, or its attention does something
@@ -86,7 +100,10 @@ def record(
             undo.enter_context(_installed_on_sight(recorder))
         else:
             undo.enter_context(recorder.installed(encoder))
-        return run(), recorder.finish()
+        output = function()
+        run = recorder.finish()
+        assert recorder.encoder is not None
+        return Captured(output, run, recorder.encoder)
 
 
 @contextmanager

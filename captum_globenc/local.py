@@ -20,11 +20,13 @@ and on the diagonal there is one vector per token.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from captum_globenc.errors import InputError
 from captum_globenc.records import LayerRecord, Receivers, take
 from captum_globenc.weights import through_norms
 
@@ -135,6 +137,21 @@ LOCAL_SCORES: dict[str, LocalScore] = {
     "N_RES_LN": norms_residual_layernorm,
     "N_ENC": norms_encoder,
 }
+
+
+def local_score(name: str) -> LocalScore:
+    """The local score of this name.
+
+    Raises:
+        InputError: there is none.
+    """
+    if name in LOCAL_SCORES:
+        return LOCAL_SCORES[name]
+    near = difflib.get_close_matches(str(name).upper(), LOCAL_SCORES, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise InputError(
+        f"unknown local score {name!r}; known: {', '.join(LOCAL_SCORES)}.{hint}"
+    )
 
 
 def _norms_through(record: LayerRecord, norms: int) -> Rows:

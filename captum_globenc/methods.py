@@ -16,8 +16,9 @@ from captum.attr import InputXGradient, IntegratedGradients, Saliency
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from captum_globenc.attribution.globenc import GlobEnc, check_local_score
+from captum_globenc.attribution.globenc import GlobEnc
 from captum_globenc.errors import InputError
+from captum_globenc.local import local_score
 
 Method = Callable[
     [PreTrainedModel, Tensor, Tensor, int, PreTrainedTokenizerBase], Tensor
@@ -122,7 +123,7 @@ def methods_named(
     Raises:
         InputError: no name, an unknown name or an unknown local score.
     """
-    check_local_score(local)
+    local_score(local)  # Raises where there is none.
     available: dict[str, Method] = {**METHODS, "globenc": partial(globenc, local=local)}
     chosen = {}
     for name in [names] if isinstance(names, str) else names:

@@ -82,7 +82,7 @@ def test_the_vectors_rebuild_the_true_input_of_the_first_norm(family: str) -> No
         for layer in encoder.layers
     ]
     with torch.no_grad():
-        _, run = record(lambda: model(ids, mask), encoder, WeightCache())
+        run = record(lambda: model(ids, mask), encoder, WeightCache()).run
     for hook in hooks:
         hook.remove()
     assert len(run.layers) == len(seen) == 3

@@ -1,0 +1,167 @@
+"""The arguments of an attribution: what is legal, and what they mean for a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from captum_globenc._captum import TargetType
+from captum_globenc.capture import Captured
+from captum_globenc.errors import InputError
+from captum_globenc.records import EncoderRecord
+
+TokenIndex = int | Tensor | Literal["mean"] | None
+
+
+def as_tensors(inputs: object) -> tuple[Tensor, ...]:
+    """The inputs as a tuple, checked as far as they can be without a model."""
+    tensors = inputs if isinstance(inputs, tuple) else (inputs,)
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            shown = repr(tensor)
+            shown = shown if len(shown) <= 60 else shown[:57] + "..."
+            raise InputError(
+                "inputs must be a torch.Tensor or a tuple of them, got "
+                f"{type(tensor).__name__}: {shown}"
+            )
+    if not tensors:
+        raise InputError("inputs must hold at least one tensor, got ().")
+    first = tensors[0]
+    if first.ndim not in (2, 3):
+        raise InputError(
+            "inputs must be ids (batch, tokens) or embeddings (batch, tokens, hidden), "
+            f"got shape {tuple(first.shape)}."
+        )
+    if first.numel() == 0:
+        raise InputError(
+            f"inputs of shape {tuple(first.shape)} hold no token to explain."
+        )
+    sizes = [t.shape[0] if t.ndim else 0 for t in tensors]
+    if len(set(sizes)) > 1:
+        raise InputError(f"inputs have different batch sizes: {sizes}.")
+    return tensors
+
+
+def check_length_of_target(target: Any, batch: int) -> None:
+    """Raise AssertionError, as Captum does, where target and inputs do not agree."""
+    several = isinstance(target, list) or (
+        isinstance(target, Tensor) and target.numel() > 1
+    )
+    if several and len(target) != batch:
+        raise AssertionError(
+            f"target has {len(target)} elements, and inputs have {batch} examples."
+        )
+
+
+def share(value: Any, chosen: slice, batch: int) -> Any:
+    """The part of an argument that belongs to the chosen examples.
+
+    As in Captum, tensors are cut and any other argument is passed as it is; a tensor
+    that does not have one element per example is passed as it is, too.
+    """
+    if isinstance(value, Tensor) and value.ndim > 0 and len(value) == batch:
+        return value[chosen]
+    return value
+
+
+def output_tensor(output: Any) -> Tensor:
+    """The logits: the output itself, or the first tensor of scores in it."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping):
+        named = {k: v for k, v in output.items() if k != "loss"}
+        output = (named["logits"],) if "logits" in named else tuple(named.values())
+    if isinstance(output, tuple | list):
+        for value in output:
+            if isinstance(value, Tensor) and value.ndim > 0:
+                return value
+    raise InputError(
+        "forward_func must return a tensor or a Hugging Face output with one, got "
+        f"{type(output).__name__}."
+    )
+
+
+def token_shape(tokens: Tensor) -> tuple[int, int]:
+    """(batch, tokens) of ids or embeddings as an encoder sees them.
+
+    Multiple-choice models fold ids of (batch, choices, tokens) into one batch.
+    """
+    if tokens.is_floating_point():
+        return tokens.shape[0], tokens.shape[1]
+    return tokens.shape[:-1].numel(), tokens.shape[-1]
+
+
+def token_of_target(captured: Captured[Any], target: TargetType) -> TokenIndex:
+    """The token that a token-level head reads; None for other heads."""
+    if target is None or not _is_per_token(captured):
+        return None
+    if isinstance(target, list):
+        chosen = [t[0] if isinstance(t, tuple) else t for t in target]
+        return torch.tensor(chosen, device=captured.run.attended.device)
+    if isinstance(target, Tensor):
+        return target
+    return int(target[0] if isinstance(target, tuple) else target)
+
+
+def _is_per_token(captured: Captured[Any]) -> bool:
+    """Whether the output has a row, or a start logit, for every token."""
+    output = output_tensor(captured.output)
+    if tuple(output.shape[:2]) != captured.run.shape:
+        return False
+    if output.ndim > 2:
+        return True
+    # (batch, tokens) or (batch, classes)? A Hugging Face output says so by its names.
+    if isinstance(captured.output, Mapping):
+        return "start_logits" in captured.output
+    labels = getattr(vars(captured.encoder.module).get("config"), "num_labels", None)
+    if output.shape[1] == labels:
+        return False
+    raise InputError(
+        f"the output has shape {tuple(output.shape)}, which is one column per token as "
+        f"well as a column per class (the model's config has {labels} labels): say "
+        "which token to explain with token_index."
+    )
+
+
+def start_of(
+    token_index: TokenIndex, run: EncoderRecord
+) -> tuple[Tensor, Tensor | None]:
+    """Weights of the top layer's receivers, and which they are where they are few.
+
+    Returns:
+        *tuple* of weights, (batch, tokens), and receivers, (batch, 1), or None for all.
+    """
+    batch, tokens = run.shape
+    attended = run.attended
+    dtype = run.layers[0].dtype
+    if isinstance(token_index, str) and token_index == "mean":
+        return attended.to(dtype) / attended.sum(-1, keepdim=True), None
+    if token_index is None:
+        index = attended.int().argmax(-1)
+    elif isinstance(token_index, Tensor):
+        if token_index.is_floating_point() or token_index.numel() not in (1, batch):
+            raise InputError(
+                f"token_index must be a LongTensor of shape ({batch},), got "
+                f"{token_index.dtype} of shape {tuple(token_index.shape)}."
+            )
+        index = token_index.to(attended.device, torch.long).flatten().expand(batch)
+    elif isinstance(token_index, int) and not isinstance(token_index, bool):
+        index = torch.full((batch,), token_index, device=attended.device)
+    else:
+        raise InputError(
+            'token_index must be an int, a LongTensor (batch,), "mean" or None, got '
+            f"{token_index!r}."
+        )
+    for example, position in enumerate(index.tolist()):
+        if not -tokens <= position < tokens:
+            raise InputError(
+                f"token_index {position} is outside the {tokens} tokens of the input."
+            )
+        if not attended[example, position]:
+            raise InputError(f"token_index {position} is padding in example {example}.")
+    index = index % tokens
+    start = nn.functional.one_hot(index, tokens).to(dtype)
+    return start, index[:, None]

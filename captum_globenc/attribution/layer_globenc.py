@@ -1,0 +1,185 @@
+"""GlobEnc for the hidden states between layers, as a Captum layer method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from captum.attr import LayerAttribution
+from captum.log import log_usage
+from torch import Tensor, nn
+
+from captum_globenc._captum import (
+    TargetType,
+    TensorOrTupleOfTensorsGeneric,
+    format_additional_forward_args,
+)
+from captum_globenc.adapters import spread_over_embedding
+from captum_globenc.architectures import Encoder
+from captum_globenc.attribution.arguments import (
+    TokenIndex,
+    as_tensors,
+    check_length_of_target,
+)
+from captum_globenc.attribution.base import EncoderAttribution
+from captum_globenc.errors import InputError
+
+
+class LayerGlobEnc(EncoderAttribution, LayerAttribution):
+    r"""How much of each hidden state of a layer reaches the final representation.
+
+    For an encoder layer, the layers above it are rolled up from the top down to it, so
+    that the layers in sequence show how the evidence moves. For the embeddings, or a
+    part of them, these are the scores of :class:`~captum_globenc.GlobEnc`.
+
+    Takes the place of ``LayerIntegratedGradients`` and other layer methods of Captum.
+    See :class:`~captum_globenc.GlobEnc` for the method and its limits.
+
+    Args:
+        forward_func (Callable): as for :class:`~captum_globenc.GlobEnc`.
+        layer (nn.Module or list[nn.Module]): an encoder layer, the embeddings module or
+            one of its parts, or several of these.
+        device_ids (list[int], optional): accepted as in Captum and not used: the model
+            runs once, where it is. Default: None.
+        encoder (nn.Module, optional): as for :class:`~captum_globenc.GlobEnc`.
+        local (str, optional): as for :class:`~captum_globenc.GlobEnc`.
+        normalize (bool, optional): scores of an example sum to 1 in every layer.
+            Default: False.
+
+    Examples::
+
+        >>> from captum_globenc import LayerGlobEnc, demo
+        >>> model, tokenizer = demo.load_classifier()
+        >>> batch = tokenizer(["A lovely film."], return_tensors="pt")
+        >>> method = LayerGlobEnc(model, model.bert.embeddings)
+        >>> attributions = method.attribute(
+        ...     batch["input_ids"],
+        ...     target=1,
+        ...     additional_forward_args=(batch["attention_mask"],),
+        ... )
+        >>> attributions.sum(dim=-1).shape == batch["input_ids"].shape
+        True
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        layer: nn.Module | list[nn.Module],
+        device_ids: list[int] | None = None,
+        *,
+        encoder: nn.Module | None = None,
+        local: str = "N_ENC",
+        normalize: bool = False,
+    ) -> None:
+        layers = layer if isinstance(layer, list) else [layer]
+        for part in layers:
+            if not isinstance(part, nn.Module):
+                raise TypeError(
+                    "layer must be an nn.Module or a list of them, got "
+                    f"{type(part).__name__}: {part!r}"
+                )
+        if not layers:
+            raise InputError("layer must name at least one module, got [].")
+        EncoderAttribution.__init__(
+            self, forward_func, encoder=encoder, local=local, normalize=normalize
+        )
+        self.layer = layer
+        self.device_ids = device_ids
+
+    @log_usage()
+    def attribute(
+        self,
+        inputs: TensorOrTupleOfTensorsGeneric,
+        target: TargetType = None,
+        additional_forward_args: object | None = None,
+        attribute_to_layer_input: bool = False,
+        *,
+        token_index: TokenIndex = None,
+    ) -> Tensor | list[Tensor]:
+        r"""Score every hidden state of the layer.
+
+        Args:
+            inputs (Tensor or tuple[Tensor, ...]): what ``forward_func`` takes first, as
+                for :meth:`captum_globenc.GlobEnc.attribute`.
+            target (int, tuple, Tensor, or list, optional): likewise.
+            additional_forward_args (Any, optional): likewise.
+            attribute_to_layer_input (bool, optional): score the layer's input instead
+                of its output. Default: False.
+            token_index (int, Tensor, "mean", optional): as for
+                :meth:`captum_globenc.GlobEnc.attribute`.
+
+        Returns:
+            *Tensor* or, for a list of layers, *list[Tensor]* of **attributions**: for
+            hidden states (batch, tokens, hidden), equal over hidden, whose sum over it
+            is the score of the token at that layer; for a layer input that is ids,
+            (batch, tokens). Scores too large for the dtype are scaled per example.
+
+        Raises:
+            InputError: a layer that is not part of the encoder, or that did not run;
+                inputs, mask or token_index that cannot be attributed.
+            UnsupportedModelError: no supported encoder.
+            ReconstructionError: the recorded parts do not rebuild a layer.
+            NonFiniteActivationError: NaN or infinity in a layer.
+        """
+        tensors = as_tensors(inputs)
+        arguments = format_additional_forward_args(additional_forward_args) or ()
+        check_length_of_target(target, tensors[0].shape[0])
+        layers = self.layer if isinstance(self.layer, list) else [self.layer]
+        with torch.no_grad(), _observed(layers, attribute_to_layer_input) as seen:
+            rows, captured = self._sweep(tensors, target, arguments, token_index)
+            attributions = []
+            for layer in layers:
+                depth = _depth(layer, captured.encoder, attribute_to_layer_input)
+                if layer not in seen:
+                    raise InputError(f"layer {type(layer).__name__} did not run.")
+                hidden = seen[layer]
+                dtype = hidden.dtype
+                if not dtype.is_floating_point:
+                    dtype = captured.run.layers[0].hidden.dtype
+                scores = self._scores(rows[depth], dtype).to(hidden.device)
+                if hidden.is_floating_point():
+                    scores = spread_over_embedding(scores, hidden)
+                attributions.append(scores)
+        return attributions if isinstance(self.layer, list) else attributions[0]
+
+
+def _depth(layer: nn.Module, encoder: Encoder, inputs: bool) -> int:
+    """How many encoder layers lie above the output, or the input, of a layer."""
+    count = len(encoder.layers)
+    for index, modules in enumerate(encoder.layers):
+        if modules.layer is layer:
+            return count - index - (not inputs)
+    if any(part is layer for part in encoder.embeddings.modules()):
+        return count
+    raise InputError(
+        f"layer {type(layer).__name__} is not part of the encoder: its "
+        f"{type(encoder.embeddings).__name__}, a part of that, or one of its {count} "
+        f"{type(encoder.layers[0].layer).__name__} layers is expected."
+    )
+
+
+@contextmanager
+def _observed(
+    layers: list[nn.Module], inputs: bool
+) -> Iterator[dict[nn.Module, Tensor]]:
+    """The first tensor that goes into, or comes out of, each layer."""
+    seen: dict[nn.Module, Tensor] = {}
+
+    def keep(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        values = [*args, *kwargs.values()] if inputs else _flat(output)
+        for value in values:
+            if isinstance(value, Tensor):
+                seen[module] = value.detach()
+                return
+
+    with ExitStack() as undo:
+        for layer in layers:
+            hook = layer.register_forward_hook(keep, with_kwargs=True)
+            undo.callback(hook.remove)
+        yield seen
+
+
+def _flat(output: Any) -> list[Any]:
+    return list(output) if isinstance(output, tuple | list) else [output]

@@ -1,0 +1,236 @@
+"""LayerGlobEnc: the rollout from the top down to a layer, as Captum's layer methods."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers as t
+from captum.attr import LayerAttribution, LayerIntegratedGradients
+from torch import nn
+
+from captum_globenc import GlobEnc, InputError, LayerGlobEnc
+from tests.conftest import left_behind
+from tests.models import FAMILIES, build, encoder_of, padded, sentence
+
+EXACT = {"rtol": 1e-12, "atol": 0}
+IDS, MASK = padded([sentence(8), sentence(5)])
+
+
+def above(local: torch.Tensor, layer: int) -> torch.Tensor:
+    """n^L … n^{layer+1} of (batch, layers, receivers, sources), as plain products."""
+    batch, layers, tokens, _ = local.shape
+    product = torch.eye(tokens).to(local).expand(batch, -1, -1)
+    for index in reversed(range(layer, layers)):
+        product = product @ local[:, index]
+    return product
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ["N_ENC", "W_RES"])
+def test_layers(family: str, name: str) -> None:
+    model = build(family)
+    encoder = encoder_of(family, model)
+    layers = list(encoder.get_submodule(FAMILIES[family].paths["layers"]))
+    local = GlobEnc(model, local=name).decompose(IDS, (MASK,)).local
+    method = LayerGlobEnc(model, layers, local=name)
+    assert isinstance(method, LayerAttribution)
+    for inputs in (False, True):
+        found = method.attribute(IDS, 1, (MASK,), attribute_to_layer_input=inputs)
+        assert len(found) == len(layers) == 3
+        for index, attributions in enumerate(found):
+            expected = above(local, index + (not inputs))[:, 0]
+            assert attributions.shape == (2, 8, 24)
+            assert attributions.dtype == torch.float64
+            torch.testing.assert_close(attributions.sum(-1), expected, **EXACT)
+            alone = LayerGlobEnc(model, layers[index], local=name).attribute(
+                IDS, 1, (MASK,), inputs
+            )
+            torch.testing.assert_close(alone, attributions, **EXACT)
+    assert not left_behind(model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_embeddings_give_the_global_scores(family: str) -> None:
+    model = build(family)
+    encoder = encoder_of(family, model)
+    expected = GlobEnc(model).attribute(IDS, 1, (MASK,))
+    parts = [
+        encoder.embeddings,
+        encoder.embeddings.word_embeddings,
+        encoder.embeddings.position_embeddings,
+    ]
+    for part, found in zip(
+        parts, LayerGlobEnc(model, parts).attribute(IDS, 1, (MASK,))
+    ):
+        hidden = getattr(part, "embedding_dim", None) or part.LayerNorm.weight.numel()
+        assert found.shape == (2, 8, hidden)
+        torch.testing.assert_close(found.sum(-1), expected, **EXACT)
+    ids = LayerGlobEnc(model, parts[1]).attribute(
+        IDS, 1, (MASK,), attribute_to_layer_input=True
+    )
+    torch.testing.assert_close(ids, expected, **EXACT)
+
+
+def test_token_index_target_and_normalize() -> None:
+    model = build("bert", head=t.BertForTokenClassification)
+    layer = model.bert.encoder.layer[0]
+    local = GlobEnc(model).decompose(IDS, (MASK,)).local
+    rows = above(local, 1)
+    by_target = LayerGlobEnc(model, layer).attribute(IDS, (3, 1), (MASK,))
+    torch.testing.assert_close(by_target.sum(-1), rows[:, 3], **EXACT)
+    mean = LayerGlobEnc(model, layer).attribute(IDS, None, (MASK,), token_index="mean")
+    expected = torch.stack([rows[0].mean(0), rows[1, :5].mean(0)])
+    torch.testing.assert_close(mean.sum(-1), expected, **EXACT)
+    shares = LayerGlobEnc(model, layer, normalize=True).attribute(IDS, (3, 1), (MASK,))
+    torch.testing.assert_close(
+        shares.sum((1, 2)), torch.ones(2, dtype=torch.float64), **EXACT
+    )
+
+
+def test_the_output_of_the_last_layer_is_the_token_itself() -> None:
+    model = build("bert")
+    found = LayerGlobEnc(model, model.bert.encoder.layer[2]).attribute(IDS, 1, (MASK,))
+    assert found.sum(-1)[:, 0].tolist() == pytest.approx([1, 1])
+    assert not found[:, 1:].any()
+
+
+def test_captums_question_answering_tutorial() -> None:
+    """The tutorial's functions, with the method's name swapped."""
+    model = build("bert", head=t.BertForQuestionAnswering)
+    embeddings = model.bert.embeddings
+    types = torch.zeros_like(IDS)
+    positions = torch.arange(8).expand(2, -1)
+
+    def predict(inputs, token_type_ids=None, position_ids=None, attention_mask=None):
+        output = model(
+            inputs,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+        )
+        return output.start_logits, output.end_logits
+
+    def squad_pos_forward_func(
+        inputs,
+        token_type_ids=None,
+        position_ids=None,
+        attention_mask=None,
+        position=0,
+    ):
+        pred = predict(inputs, token_type_ids, position_ids, attention_mask)[position]
+        return pred.max(1).values
+
+    one = LayerGlobEnc(squad_pos_forward_func, embeddings).attribute(
+        inputs=IDS, additional_forward_args=(types, positions, MASK, 0)
+    )
+    expected = GlobEnc(model).attribute(IDS, None, (MASK,))
+    torch.testing.assert_close(one.sum(-1), expected, **EXACT)
+    several = LayerGlobEnc(
+        squad_pos_forward_func,
+        [
+            embeddings.word_embeddings,
+            embeddings.token_type_embeddings,
+            embeddings.position_embeddings,
+        ],
+    ).attribute(
+        inputs=(IDS, types, positions),
+        additional_forward_args=(MASK, 1),
+        token_index=2,
+    )
+    expected = GlobEnc(model).attribute(IDS, None, (MASK,), token_index=2)
+    assert len(several) == 3
+    for attributions in several:
+        torch.testing.assert_close(attributions.sum(-1), expected, **EXACT)
+    assert not left_behind(model)
+
+
+def test_question_answering_explains_the_token_of_the_target() -> None:
+    model = build("bert", head=t.BertForQuestionAnswering)
+    rollout = GlobEnc(model).decompose(IDS, (MASK,)).rollout()
+    one = GlobEnc(model).attribute(IDS, 4, (MASK,))
+    torch.testing.assert_close(one, rollout[:, 4], **EXACT)
+    each = GlobEnc(model).attribute(IDS, torch.tensor([6, 2]), (MASK,))
+    torch.testing.assert_close(each, rollout[[0, 1], [6, 2]], **EXACT)
+
+    def start(ids, mask):
+        return model(ids, attention_mask=mask).start_logits
+
+    with pytest.raises(InputError, match=r"one column per token .* token_index"):
+        GlobEnc(start).attribute(IDS, 4, (MASK,))
+    told = GlobEnc(start).attribute(IDS, 4, (MASK,), token_index=4)
+    torch.testing.assert_close(told, one, **EXACT)
+
+
+def test_as_many_labels_as_tokens_is_still_a_classifier() -> None:
+    model = build("bert")  # three labels
+    ids = sentence(3)[None]
+    rollout = GlobEnc(model).decompose(ids).rollout()
+    for forward in (model, lambda ids: model(ids).logits):
+        found = GlobEnc(forward).attribute(ids, target=2)
+        torch.testing.assert_close(found, rollout[:, 0], **EXACT)
+
+
+def test_multiple_choice_folds_the_choices_into_the_batch() -> None:
+    model = build("bert", head=t.BertForMultipleChoice)
+    ids, mask = padded([sentence(n, seed=n) for n in (8, 5, 7, 6, 3, 8)])
+    scores = GlobEnc(model).attribute(ids.view(2, 3, 8), 1, (mask.view(2, 3, 8),))
+    expected = GlobEnc(model.bert).attribute(ids, None, (mask,))
+    torch.testing.assert_close(scores, expected.view(2, 3, 8), **EXACT)
+
+
+def test_data_parallel_wrappers() -> None:
+    model = build("bert")
+    layer = model.bert.encoder.layer[1]
+    expected = LayerGlobEnc(model, layer).attribute(IDS, 1, (MASK,))
+    wrapped = LayerGlobEnc(nn.DataParallel(model), layer, device_ids=[0])
+    torch.testing.assert_close(wrapped.attribute(IDS, 1, (MASK,)), expected, **EXACT)
+
+
+def test_layers_outside_the_encoder() -> None:
+    model = build("bert")
+    with pytest.raises(InputError, match=r"BertPooler is not part of the encoder.*3"):
+        LayerGlobEnc(model, model.bert.pooler).attribute(IDS, 1, (MASK,))
+    other = build("bert")
+    with pytest.raises(InputError, match="BertLayer is not part"):
+        LayerGlobEnc(model, other.bert.encoder.layer[0]).attribute(IDS, 1, (MASK,))
+    embeddings = model.get_input_embeddings()(IDS).detach()
+
+    def forward(embeddings, mask):
+        return model(inputs_embeds=embeddings, attention_mask=mask).logits
+
+    with pytest.raises(InputError, match="Embedding did not run"):
+        LayerGlobEnc(forward, model.bert.embeddings.word_embeddings).attribute(
+            embeddings, 1, (MASK,)
+        )
+    with pytest.raises(TypeError, match="got str: 'embeddings'"):
+        LayerGlobEnc(model, "embeddings")
+    with pytest.raises(InputError, match=r"got \[\]"):
+        LayerGlobEnc(model, [])
+    assert not left_behind(model)
+
+
+def test_captums_methods_are_not_disturbed() -> None:
+    """The same numbers from Captum before and after, on the same model."""
+    model = build("bert")
+
+    def forward(ids, mask):
+        return model(ids, attention_mask=mask).logits
+
+    integrated = LayerIntegratedGradients(
+        forward, model.bert.embeddings.word_embeddings
+    )
+
+    def observe() -> torch.Tensor:
+        return integrated.attribute(
+            IDS, torch.ones_like(IDS), 1, (MASK,), n_steps=5
+        ).detach()
+
+    before = observe()
+    LayerGlobEnc(forward, model.bert.encoder.layer[1]).attribute(IDS, 1, (MASK,))
+    GlobEnc(forward).attribute(IDS, 1, (MASK,))
+    assert torch.equal(before, observe())
+    with pytest.raises(AssertionError):
+        LayerGlobEnc(forward, model.bert.embeddings).attribute(
+            IDS, (9999,) * 20, (MASK,)
+        )
+    assert not left_behind(model)
