@@ -27,6 +27,7 @@ from captum_globenc.architectures import (
     Encoder,
     LayerModules,
     find_encoder,
+    model_type,
     supported_model_types,
 )
 from captum_globenc.errors import (
@@ -121,7 +122,9 @@ def _installed_on_sight(recorder: _Recorder) -> Iterator[None]:
         if encoder is None:
             # Its parts need no search of their own.
             searched.update(id(part) for part in module.modules())
-            recorder.seen.append(type(module).__name__)
+            kind = model_type(module)
+            name = type(module).__name__
+            recorder.seen.append(f"{name} of model type {kind!r}" if kind else name)
         else:
             undo.enter_context(recorder.installed(encoder))
 
