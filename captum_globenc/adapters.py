@@ -1,22 +1,182 @@
-"""From token scores to the shapes that Captum hands out."""
+"""From token scores and decompositions to the shapes that Captum and people use.
+
+Pure tensor functions. Each says what becomes of the total of the scores.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+
+import torch
+from captum.attr import LayerAttribution
 from torch import Tensor
+
+from captum_globenc.aggregation import Decomposition
+from captum_globenc.errors import InputError
 
 
 def spread_over_embedding(scores: Tensor, like: Tensor) -> Tensor:
     """Token scores as attributions of embeddings, equal over the hidden dimension.
 
-    The sum over the hidden dimension is the token score, so that users go on with
-    ``attributions.sum(dim=-1)`` as they do with Captum's methods.
+    The total stays: the sum over the hidden dimension is the token score, so that users
+    go on with ``attributions.sum(dim=-1)`` as they do with Captum's methods.
 
     Args:
         scores (Tensor): (batch, tokens).
-        like (Tensor): the embeddings, (batch, tokens, hidden).
+        like (Tensor): embeddings or hidden states, with the hidden size last.
 
     Returns:
-        *Tensor* of the shape of ``like``.
+        *Tensor* of shape (batch, tokens, hidden).
     """
     hidden = like.shape[-1]
     return (scores / hidden)[..., None].expand(-1, -1, hidden).contiguous()
+
+
+def to_words(
+    scores: Tensor,
+    groups: Sequence[int | None] | Sequence[tuple[int, int]],
+    text: str | None = None,
+) -> Tensor:
+    """Scores of one example's words: those of their sub-words, added up.
+
+    The total of the tokens that belong to a word stays; that of the others (special
+    tokens, padding) is left out.
+
+    Args:
+        scores (Tensor): (tokens).
+        groups (sequence): per token, either its word's number or None, as
+            ``encoding.word_ids()`` of a fast tokenizer gives them; or its span of
+            characters (start, end), as ``offset_mapping`` does, together with ``text``.
+        text (str, optional): the text that the spans belong to. Its words are what
+            stands between white space, in order: those of ``text.split()``. A token
+            belongs to the word in which its first character that is not white space
+            lies, so it does not matter whether a tokenizer counts the blank before a
+            word to it. Default: None, for word numbers.
+
+    Returns:
+        *Tensor* of shape (words): in order of the words' first tokens, or of ``text``.
+
+    Raises:
+        InputError: scores and groups do not have one element per token each.
+
+    Examples::
+
+        >>> import torch
+        >>> from captum_globenc.adapters import to_words
+        >>> to_words(torch.tensor([1.0, 2.0, 3.0, 4.0]), [None, 0, 0, 1])
+        tensor([5., 4.])
+        >>> to_words(torch.tensor([1.0, 2.0, 3.0]), [(0, 2), (2, 4), (4, 6)], "good a")
+        tensor([3., 3.])
+    """
+    if scores.ndim != 1 or len(groups) != len(scores):
+        raise InputError(
+            f"one score and one group per token are expected, got scores of shape "
+            f"{tuple(scores.shape)} and {len(groups)} groups."
+        )
+    words: list[object]
+    if text is None:
+        members: list[object] = list(groups)
+        words = [w for w in dict.fromkeys(members) if w is not None]
+    else:
+        starts = {
+            position: word
+            for word, match in enumerate(re.finditer(r"\S+", text))
+            for position in range(*match.span())
+        }
+        members = [_word_of_span(span, starts) for span in groups]  # type: ignore[arg-type]
+        words = list(range(len(text.split())))
+    place = {word: index for index, word in enumerate(words)}
+    chosen = [index for index, word in enumerate(members) if word in place]
+    target = torch.tensor([place[members[i]] for i in chosen], device=scores.device)
+    result = scores.new_zeros(len(words))
+    return result.index_add(0, target.long(), scores[chosen])
+
+
+def _word_of_span(span: tuple[int, int], words: dict[int, int]) -> int | None:
+    """The word of the first character in a span that belongs to one."""
+    return next((words[at] for at in range(*span) if at in words), None)
+
+
+def mask_special_tokens(scores: Tensor, special_tokens_mask: Tensor) -> Tensor:
+    """Scores with 0 at special tokens; the total shrinks by what they had.
+
+    Args:
+        scores (Tensor): (batch, tokens), or (batch, tokens, hidden).
+        special_tokens_mask (Tensor): (batch, tokens), 1 at [CLS], [SEP], padding, as a
+            tokenizer returns it with ``return_special_tokens_mask=True``.
+
+    Returns:
+        *Tensor* of the shape of ``scores``.
+    """
+    special = special_tokens_mask.to(scores.device).bool()
+    if scores.shape[: special.ndim] != special.shape:
+        raise InputError(
+            f"the mask has shape {tuple(special.shape)}, and scores "
+            f"{tuple(scores.shape)}: one entry per token is expected."
+        )
+    return scores.masked_fill(special[(...,) + (None,) * (scores.ndim - 2)], 0)
+
+
+def unit_range(scores: Tensor) -> Tensor:
+    """Scores divided by the largest absolute value of each example: in [-1, 1].
+
+    Ratios and signs stay, the total does not; scores that are all 0 stay 0. For
+    ``captum.attr.visualization.visualize_text``, which takes 1-D scores in [-1, 1].
+
+    Args:
+        scores (Tensor): (tokens), or (batch, tokens).
+
+    Returns:
+        *Tensor* of the same shape.
+    """
+    largest = scores.abs().amax(-1, keepdim=True)
+    return scores / largest.masked_fill(largest == 0, 1)
+
+
+def layer_matrix(decomposition: Decomposition, token_index: int = 0) -> Tensor:
+    r"""What a token takes from each input, layer by layer: row l is its row of R^l.
+
+    Totals are those of the rollout: rows are not normalised.
+
+    Args:
+        decomposition (Decomposition): of :meth:`captum_globenc.GlobEnc.decompose`.
+        token_index (int, optional): the receiver. Default: 0, [CLS].
+
+    Returns:
+        *Tensor* of shape (batch, layers, tokens), bottom layer first.
+    """
+    layers = decomposition.local.shape[1]
+    rows = [
+        decomposition.rollout(stop=layer + 1)[:, token_index] for layer in range(layers)
+    ]
+    return torch.stack(rows, 1)
+
+
+def to_image(scores: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Patch scores as an image: each patch's score shared out over its pixels.
+
+    The total stays where the image is a whole number of pixels per patch. Uses
+    ``captum.attr.LayerAttribution.interpolate`` with nearest neighbours.
+
+    Args:
+        scores (Tensor): (batch, patches), row by row, without [CLS].
+        grid (tuple[int, int]): rows and columns of patches.
+        size (tuple[int, int]): height and width of the image in pixels.
+
+    Returns:
+        *Tensor* of shape (batch, 1, height, width).
+
+    Raises:
+        InputError: the grid does not hold as many patches as there are scores.
+    """
+    if scores.ndim != 2 or scores.shape[1] != grid[0] * grid[1]:
+        raise InputError(
+            f"scores of shape {tuple(scores.shape)} do not fill a grid of {grid[0]} by "
+            f"{grid[1]} patches: leave out [CLS] and other tokens that are no patch."
+        )
+    patches = scores.view(len(scores), 1, *grid)
+    image = LayerAttribution.interpolate(patches, size)
+    pixels = size[0] * size[1] / (grid[0] * grid[1])
+    result: Tensor = image / pixels
+    return result
