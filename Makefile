@@ -4,7 +4,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-TEXT ?= A lovely film, full of wit, that never becomes dull.
+export TEXT ?= A lovely film, full of wit, that never becomes dull.
 
 BIN = $(VENV)/bin
 FLOOR = .venv-floor
@@ -41,7 +41,7 @@ $(VENV)/installed-tools: $(VENV)/installed
 	@touch $@
 
 demo: $(VENV)/installed
-	$(BIN)/captum-globenc explain "$(TEXT)"
+	@$(BIN)/captum-globenc explain -- "$$TEXT"
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest

@@ -1,4 +1,4 @@
-"""Where the parts of an encoder are: one table, model type → ten names.
+"""Where the parts of an encoder are: one table, model type → paths.
 
 A row holds module paths only. What the parts do is checked on every run: parts that do
 not rebuild their layer raise
@@ -133,8 +133,17 @@ class LayerModules:
 
 @dataclass(frozen=True)
 class Encoder:
-    """An encoder found in a model, with its parts resolved."""
+    """An encoder found in a model, with its parts resolved.
 
+    Args:
+        root (nn.Module): the model that was searched, with its head.
+        module (nn.Module): the encoder itself.
+        embeddings (nn.Module): takes ids or embeddings.
+        positions (nn.Embedding): the table of position embeddings.
+        layers (tuple[LayerModules, ...]): bottom layer first.
+    """
+
+    root: nn.Module
     module: nn.Module
     embeddings: nn.Module
     positions: nn.Embedding
@@ -179,7 +188,7 @@ def find_encoder(root: nn.Module) -> Encoder | None:
             "expected: pass the one to explain as encoder=."
         )
     for name, module, architecture in found.values():
-        return _resolve(name, module, architecture)
+        return _resolve(root, name, module, architecture)
     return None
 
 
@@ -222,7 +231,9 @@ def _submodule(module: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
-def _resolve(name: str, module: nn.Module, architecture: Architecture) -> Encoder:
+def _resolve(
+    root: nn.Module, name: str, module: nn.Module, architecture: Architecture
+) -> Encoder:
     prefix = f"{name}." if name else ""
 
     def part(owner: nn.Module, owner_name: str, field: str, kind: type) -> nn.Module:
@@ -265,6 +276,7 @@ def _resolve(name: str, module: nn.Module, architecture: Architecture) -> Encode
     positions = part(module, "", "positions", nn.Embedding)
     assert isinstance(positions, nn.Embedding)
     return Encoder(
+        root=root,
         module=module,
         embeddings=part(module, "", "embeddings", nn.Module),
         positions=positions,

@@ -13,7 +13,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -33,17 +33,11 @@ from captum_globenc.architectures import (
 from captum_globenc.errors import (
     InputError,
     NonFiniteActivationError,
-    ReconstructionError,
     UnsupportedModelError,
 )
-from captum_globenc.reconstruction import (
-    LayerSample,
-    check_layers,
-    sampled,
-    tolerance,
-)
+from captum_globenc.reconstruction import LayerProjections, check_layers, project
 from captum_globenc.records import EncoderRecord, LayerRecord
-from captum_globenc.weights import LayerWeights, WeightCache, centre, working_dtype
+from captum_globenc.weights import WeightCache, centre, working_dtype
 
 _NAME = "captum_globenc"
 # Arguments with which an attention function computes more than softmax(QK)V.
@@ -94,7 +88,7 @@ def record(
     """
     with _LOCK, ExitStack() as undo:
         if getattr(_ACTIVE, "recorder", None) is not None:
-            raise RuntimeError("an attribution was started inside another one's run.")
+            raise InputError("an attribution was started inside another one's run.")
         recorder = _ACTIVE.recorder = _Recorder(weights)
         undo.callback(setattr, _ACTIVE, "recorder", None)
         if encoder is None:
@@ -114,19 +108,22 @@ def _installed_on_sight(recorder: _Recorder) -> Iterator[None]:
     searched: set[int] = set()
 
     def look(module: nn.Module, _: Any) -> None:
-        if threading.get_ident() != thread or recorder.encoder is not None:
+        if threading.get_ident() != thread or id(module) in searched:
             return
-        if id(module) in searched:
-            return
+        # The parts of what is searched here need no search of their own.
+        searched.update(id(part) for part in module.modules())
         encoder = find_encoder(module)
         if encoder is None:
-            # Its parts need no search of their own.
-            searched.update(id(part) for part in module.modules())
             kind = model_type(module)
             name = type(module).__name__
             recorder.seen.append(f"{name} of model type {kind!r}" if kind else name)
-        else:
+        elif recorder.encoder is None:
             undo.enter_context(recorder.installed(encoder))
+        elif encoder.module is not recorder.encoder.module:
+            raise UnsupportedModelError(
+                f"two encoders ran inside forward_func, in {type(module).__name__} and "
+                "before it, and one is expected: pass the one to explain as encoder=."
+            )
 
     with ExitStack() as undo:
         undo.callback(register_module_forward_pre_hook(look).remove)
@@ -159,7 +156,6 @@ def _switched(modules: list[nn.Module]) -> Iterator[None]:
 class _Draft:
     """A layer whose forward is under way: what has been seen of it so far."""
 
-    weights: LayerWeights
     hidden: Tensor
     attention: dict[str, Any] = field(default_factory=dict)
     context: Tensor | None = None
@@ -178,7 +174,7 @@ class _Recorder:
         self._draft: _Draft | None = None
         self._layers: list[LayerRecord] = []
         self._attended: Tensor | None = None
-        self._samples: list[LayerSample] = []
+        self._projections: list[LayerProjections] = []
 
     @contextmanager
     def installed(self, encoder: Encoder) -> Iterator[None]:
@@ -204,7 +200,7 @@ class _Recorder:
             raise UnsupportedModelError(
                 "No supported encoder ran inside forward_func (seen: "
                 f"{seen}; supported model types: {', '.join(supported_model_types())})"
-                ". Pass the model as encoder=, or describe its layers with "
+                ". Pass the whole model as encoder=, or describe its layers with "
                 "captum_globenc.register_architecture."
             )
         if len(self._layers) != len(self.encoder.layers):
@@ -220,12 +216,8 @@ class _Recorder:
                     "it cannot be decomposed. Look for NaN in the weights or inputs, "
                     "or for overflow (float16?)."
                 )
-        try:
-            self._check_layers()
-        except ReconstructionError:
-            self._renew_weights()
-            self._check_layers()
         assert self._attended is not None
+        check_layers(self._projections, self._attended)
         return EncoderRecord(tuple(self._layers), self._attended)
 
     def _hook(
@@ -253,13 +245,13 @@ class _Recorder:
             undo.callback(module.register_forward_hook(leave).remove)
 
     def _hook_layer(self, undo: ExitStack, index: int, modules: LayerModules) -> None:
-        @torch.no_grad()
         def begin(_: nn.Module, args: Any, kwargs: Any) -> None:
             self._begin(index, modules, args[0] if args else kwargs["hidden_states"])
 
-        @torch.no_grad()
         def end(_: nn.Module, args: Any, output: Any) -> None:
-            self._end(modules, output[0] if isinstance(output, tuple) else output)
+            output = output[0] if isinstance(output, tuple) else output
+            with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
+                self._end(modules, output)
 
         self._hook(undo, modules.layer, before=begin, after=end)
         for part in ("attention_norm", "feed_forward", "output_norm"):
@@ -268,7 +260,8 @@ class _Recorder:
                 if self._draft is None or part in self._draft.passed:
                     raise UnsupportedModelError(
                         f"layer {modules.name!r}: its {part} ran outside the layer or "
-                        "more than once (is chunk_size_feed_forward set? set it to 0)."
+                        "more than once. Is chunk_size_feed_forward set? Set it to 0. "
+                        "Does one module serve as two parts? Give each its own."
                     )
                 self._draft.passed[part] = args[0], output
 
@@ -292,13 +285,10 @@ class _Recorder:
         if index != len(self._layers) or self._draft is not None:
             raise UnsupportedModelError(
                 f"layer {modules.name!r} ran out of order or a second time inside "
-                "forward_func; the encoder must run once, all layers in turn."
+                "forward_func; the encoder must run once, all layers in turn, each a "
+                "module of its own."
             )
-        self._draft = _Draft(self._prepared(modules), hidden)
-
-    def _prepared(self, modules: LayerModules) -> LayerWeights:
-        norms = (modules.attention_norm, modules.output_norm)
-        return self._weights.get(modules.name, modules.output, norms)
+        self._draft = _Draft(hidden)
 
     def attend(
         self,
@@ -319,7 +309,6 @@ class _Recorder:
         if self._attended is None:
             self._attended = _attended(mask, query)
             _check_attended(self._attended)
-            self._sampled = sampled(query.shape[2])
         self._draft.attention = {
             "query": query.detach(),
             "key": key.detach(),
@@ -351,8 +340,11 @@ class _Recorder:
             _scale(first, modules.attention_norm),
             _scale(second, modules.output_norm),
         )
-        dtype = working_dtype(draft.hidden.dtype)
-        probe = draft.weights.probe[: draft.context.shape[-1]]
+        weights = self._weights.get(
+            modules.name, modules.output, (modules.attention_norm, modules.output_norm)
+        )
+        dtype = weights.probe.dtype
+        probe = weights.probe[: draft.context.shape[-1]]
         value = draft.attention["value"].transpose(1, 2)
         assert self._attended is not None
         self._layers.append(
@@ -362,39 +354,20 @@ class _Recorder:
                 scales=scales,
                 value_probe=value.to(dtype) @ probe,
                 context_probe=draft.context.to(dtype) @ probe,
-                weights=draft.weights,
+                weights=weights,
                 attended=self._attended,
                 **draft.attention,
             )
         )
-        rows = self._sampled
-        steps = (draft.hidden, first, normed, fed, second, last, output)
-        self._samples.append(
-            LayerSample(
-                name=modules.name,
-                vectors=torch.stack([step[:, rows] for step in steps]),
-                context=draft.context.flatten(2)[:, rows].clone(),
-                scales=(scales[0][:, rows], scales[1][:, rows]),
-                weights=draft.weights,
-                tolerance=tolerance(value.dtype, draft.hidden.dtype),
+        self._projections.append(
+            project(
+                modules.name,
+                (draft.hidden, first, normed, fed, second, last, output),
+                draft.context.flatten(2),
+                scales,
+                weights,
             )
         )
-
-    def _check_layers(self) -> None:
-        assert self._attended is not None
-        check_layers(self._samples, self._attended[:, self._sampled])
-
-    def _renew_weights(self) -> None:
-        """Prepare all weights again: an edit of ``weight.data`` leaves no trace."""
-        assert self.encoder is not None
-        self._weights.clear()
-        fresh = [self._prepared(modules) for modules in self.encoder.layers]
-        self._layers = [
-            replace(layer, weights=w) for layer, w in zip(self._layers, fresh)
-        ]
-        self._samples = [
-            replace(sample, weights=w) for sample, w in zip(self._samples, fresh)
-        ]
 
 
 def _attention(
@@ -519,7 +492,13 @@ def _check_mask(mask: Tensor, query: Tensor, key: Tensor) -> None:
             f"the attention mask has shape {tuple(mask.shape)} in the encoder, which "
             f"does not fit (batch, heads, receivers, sources) = {full}."
         )
-    if mask.dtype != torch.bool and not mask.is_floating_point():
+    if mask.is_floating_point() and mask.dtype != query.dtype:
+        if not torch.is_autocast_enabled(query.device.type):
+            raise InputError(
+                f"the attention mask is {mask.dtype} and the model computes in "
+                f"{query.dtype}: an added mask must have the model's dtype."
+            )
+    elif mask.dtype != torch.bool and not mask.is_floating_point():
         raise InputError(
             f"an attention mask of dtype {mask.dtype} is not understood: bool (True: "
             "attended) or floating point (added to the logits) is expected."

@@ -130,7 +130,7 @@ def explain(
         explanation = explain_text(
             *_load(model),
             text,
-            [name.strip() for name in methods.split(",")],
+            [name.strip() for name in methods.split(",") if name.strip()],
             local=local,
             target=target,
             truncate=truncate,

@@ -29,9 +29,10 @@ class ReconstructionError(GlobEncError, RuntimeError):
         super().__init__(
             f"layer {layer!r}: the recorded parts do not rebuild {part} "
             f"(relative error {error:.2g}, at most {tolerance:.2g} expected), so its "
-            "scores would be wrong. The layer does something that its registered "
-            "architecture does not describe: compare the two, and see "
-            "captum_globenc.register_architecture."
+            "scores would be wrong. Either the layer does something that its "
+            "registered architecture does not describe (see "
+            "captum_globenc.register_architecture), or a hook or patch on the model "
+            "changes what it computes."
         )
         self.layer = layer
         self.part = part

@@ -5,8 +5,8 @@ direction of the hidden space: :math:`\langle p, \text{true} \rangle` against
 :math:`\langle p, \text{rebuilt} \rangle`. A part that is missing or wrong changes the
 projection with probability one, and the test costs next to nothing.
 
-Attention is tested for every receiver, where its weights are used. Everything else in a
-layer works token by token, so there a sample of each example's tokens is enough.
+Attention is tested where its weights are used, everything else in a layer at the end of
+the run, for all tokens.
 """
 
 from __future__ import annotations
@@ -18,10 +18,7 @@ import torch
 from torch import Tensor
 
 from captum_globenc.errors import ReconstructionError
-from captum_globenc.weights import LayerWeights, working_dtype
-
-# At most so many tokens of an example are a sample.
-_SAMPLE = 16
+from captum_globenc.weights import LayerWeights
 
 _TOLERANCE = {
     torch.float64: 1e-9,
@@ -45,67 +42,86 @@ def tolerance(*dtypes: torch.dtype) -> float:
 
 
 @dataclass(frozen=True)
-class LayerSample:
-    """What a layer computed at the sampled tokens.
+class LayerProjections:
+    """What a layer computed, in one direction of the hidden space.
 
     Args:
         name (str): the layer's name in the model.
-        vectors (Tensor): (7, batch, sample, hidden): the layer's input, input and
-            output of its attention norm, output of the feed-forward part, input and
-            output of its output norm, the layer's output.
-        context (Tensor): (batch, sample, heads × head size), the heads' outputs.
-        scales (tuple[Tensor, Tensor]): standard deviations in the two norms, (batch,
-            sample).
-        weights (LayerWeights): what the layer is decomposed with.
+        steps (Tensor): (batch, tokens, 7): the layer's input, input and output of its
+            attention norm, output of the feed-forward part, input and output of its
+            output norm, the layer's output.
+        attended (Tensor): what the heads' outputs add, (batch, tokens).
+        through_norms (tuple[Tensor, Tensor]): the outputs of the two norms as their
+            inputs, scales and weights give them, (batch, tokens).
+        offset (Tensor): what the output bias adds.
         tolerance (float): the largest relative deviation that rounding explains.
     """
 
     name: str
-    vectors: Tensor
-    context: Tensor
-    scales: tuple[Tensor, Tensor]
-    weights: LayerWeights
+    steps: Tensor
+    attended: Tensor
+    through_norms: tuple[Tensor, Tensor]
+    offset: Tensor
     tolerance: float
 
 
-def sampled(tokens: int) -> slice:
-    """Positions of the sampled tokens: evenly spread, the first among them."""
-    return slice(None, None, -(-tokens // _SAMPLE))
+def project(
+    name: str,
+    steps: Sequence[Tensor],
+    context: Tensor,
+    scales: tuple[Tensor, Tensor],
+    weights: LayerWeights,
+) -> LayerProjections:
+    """The projections of one layer.
+
+    Args:
+        name (str): the layer's name in the model.
+        steps (sequence of Tensor): the seven of :class:`LayerProjections`, each (batch,
+            tokens, hidden).
+        context (Tensor): the heads' outputs, (batch, tokens, heads × head size).
+        scales (tuple[Tensor, Tensor]): standard deviations in the two norms, (batch,
+            tokens).
+        weights (LayerWeights): what the layer is decomposed with.
+    """
+    dtype = weights.probe.dtype
+    probe, first, second = weights.directions.unbind(-1)
+    bias, first_bias, second_bias = weights.offsets
+    return LayerProjections(
+        name=name,
+        steps=torch.stack([step.to(dtype) @ probe for step in steps], -1),
+        attended=context.to(dtype) @ weights.output_probe,
+        through_norms=(
+            steps[1].to(dtype) @ first / scales[0] + first_bias,
+            steps[4].to(dtype) @ second / scales[1] + second_bias,
+        ),
+        offset=bias,
+        tolerance=tolerance(context.dtype, *(step.dtype for step in steps)),
+    )
 
 
-def check_layers(samples: Sequence[LayerSample], attended: Tensor) -> None:
+def check_layers(layers: Sequence[LayerProjections], attended: Tensor) -> None:
     """Check what holds token by token in each layer, in one go for all layers.
 
     Args:
-        samples (sequence of LayerSample): bottom layer first.
-        attended (Tensor): (batch, sample), False at padding.
+        layers (sequence of LayerProjections): bottom layer first.
+        attended (Tensor): (batch, tokens), False at padding.
 
     Raises:
         ReconstructionError: an identity does not hold.
     """
-    dtype = working_dtype(samples[0].vectors.dtype)
-    weights = [sample.weights for sample in samples]
-    vectors = torch.stack([sample.vectors for sample in samples]).to(dtype)
-    directions = torch.stack([w.directions for w in weights])
-    projections = vectors.flatten(1, 3) @ directions
-    projections = projections.view(*vectors.shape[:4], -1)
-    along, through_first, through_second = projections.unbind(-1)
-    hidden, first, normed, fed, second, last, output = along.unbind(1)
-    offsets = torch.stack([w.offsets for w in weights])[:, :, None, None]
-    bias, first_bias, second_bias = offsets.unbind(1)
-    heads = torch.stack([s.context.to(dtype) @ s.weights.output_probe for s in samples])
-    first_scale = torch.stack([sample.scales[0] for sample in samples])
-    second_scale = torch.stack([sample.scales[1] for sample in samples])
+    steps = torch.stack([layer.steps for layer in layers])
+    hidden, first, normed, fed, second, last, output = steps.unbind(-1)
+    heads = torch.stack([layer.attended + layer.offset for layer in layers])
     identities = {
-        "the input of its attention norm": (first, hidden + heads + bias),
+        "the input of its attention norm": (first, hidden + heads),
         "the output of its attention norm": (
             normed,
-            through_first[:, 1] / first_scale + first_bias,
+            torch.stack([layer.through_norms[0] for layer in layers]),
         ),
         "the input of its output norm": (second, normed + fed),
         "the output of its output norm": (
             last,
-            through_second[:, 4] / second_scale + second_bias,
+            torch.stack([layer.through_norms[1] for layer in layers]),
         ),
         "its output": (output, last),
         "its input from the layer below": (
@@ -114,14 +130,14 @@ def check_layers(samples: Sequence[LayerSample], attended: Tensor) -> None:
         ),
     }
     true, rebuilt = (torch.stack(side, 1) for side in zip(*identities.values()))
-    for index, sample in enumerate(samples):
+    for index, layer in enumerate(layers):
         check(
-            sample.name,
+            layer.name,
             list(identities),
             true[index],
             rebuilt[index],
             attended,
-            sample.tolerance,
+            layer.tolerance,
         )
 
 
@@ -147,8 +163,9 @@ def check(
         ReconstructionError: the deviation of a part, relative to its largest true
             value, is larger, or not a number.
     """
-    deviations = _largest((true - rebuilt) * attended)
-    sizes = _largest(true * attended)
+    # Filled, not multiplied: what padding holds may not even be a number.
+    deviations = _largest((true - rebuilt).masked_fill(~attended, 0))
+    sizes = _largest(true.masked_fill(~attended, 0))
     for part, deviation, size in zip(
         parts, deviations.tolist(), sizes.tolist(), strict=True
     ):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from captum_globenc.reconstruction import check, tolerance
-from captum_globenc.weights import LayerWeights, working_dtype
+from captum_globenc.weights import LayerWeights
 
 #: A block of receivers: the same positions for all examples, or (batch, receivers)
 #: positions of each.
@@ -69,7 +69,7 @@ class LayerRecord:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype in which the layer is decomposed."""
-        return working_dtype(self.hidden.dtype)
+        return self.weights.probe.dtype
 
     def attention(self, receivers: Receivers) -> Tensor:
         r""":math:`\alpha^h_{ij}` of a block of receivers, checked against the run.
@@ -88,13 +88,17 @@ class LayerRecord:
         query = take(self.query.transpose(1, 2), receivers).to(self.dtype)
         # (batch, heads, sources, receivers)
         logits = self.key.to(self.dtype) @ (query * self.scaling).permute(0, 2, 3, 1)
+        hidden = None
         if self.mask is not None:
             mask = self._mask_of(receivers)
-            if mask.dtype == torch.bool:
-                logits = logits.masked_fill_(~mask, -torch.inf)
-            else:
+            hidden = ~mask if mask.dtype == torch.bool else mask == -torch.inf
+            if mask.dtype != torch.bool:
                 logits += mask
+            logits = logits.masked_fill_(hidden, -torch.inf)
         alpha = logits.softmax(2)
+        if hidden is not None:
+            # A receiver from which everything is hidden takes nothing.
+            alpha = alpha.masked_fill_(hidden.all(2, keepdim=True), 0)
         rebuilt = (self.value_probe.transpose(1, 2)[:, :, None] @ alpha)[:, :, 0]
         check(
             self.name,

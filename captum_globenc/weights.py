@@ -61,6 +61,7 @@ class LayerWeights:
 
     def __init__(self, output: nn.Linear, norms: Sequence[nn.LayerNorm]) -> None:
         self._stamp = _stamp(output, norms)
+        self._values = _fingerprint(output, norms)
         # Held so that no other tensor can take over the addresses in the stamp.
         self._held = output.weight.detach()
         dtype = working_dtype(output.weight.dtype)
@@ -111,10 +112,12 @@ class LayerWeights:
     def is_current(self, output: nn.Linear, norms: Sequence[nn.LayerNorm]) -> bool:
         """Whether the modules still hold the weights that this was made from.
 
-        An edit through ``weight.data`` bumps no version and is not seen here; it
-        shows when the layer is rebuilt, and the recorder then makes new weights.
+        An edit through ``weight.data`` bumps no version, so values are compared, too.
         """
-        return self._stamp is not None and self._stamp == _stamp(output, norms)
+        return self._stamp == _stamp(output, norms) and all(
+            torch.equal(old, new)
+            for old, new in zip(self._values, _fingerprint(output, norms))
+        )
 
 
 class WeightCache:
@@ -141,12 +144,23 @@ def _value(parameter: Tensor | None, default: Tensor) -> Tensor:
     return default if parameter is None else parameter.detach().to(default.dtype)
 
 
-def _stamp(output: nn.Linear, norms: Sequence[nn.LayerNorm]) -> Hashable | None:
-    """What changes when the weights do; None where torch keeps no version of them."""
+def _parameters(output: nn.Linear, norms: Sequence[nn.LayerNorm]) -> list[Tensor]:
     tensors = [output.weight, output.bias]
     for norm in norms:
         tensors += [norm.weight, norm.bias]
-    present = [t for t in tensors if t is not None]
-    if any(t.is_inference() for t in present):
-        return None
-    return tuple((t.data_ptr(), t._version, t.dtype, t.device) for t in present)
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def _stamp(output: nn.Linear, norms: Sequence[nn.LayerNorm]) -> Hashable:
+    """What changes when torch knows of an edit; inference tensors have no version."""
+    return tuple(
+        (t.data_ptr(), None if t.is_inference() else t._version, t.dtype, t.device)
+        for t in _parameters(output, norms)
+    )
+
+
+def _fingerprint(output: nn.Linear, norms: Sequence[nn.LayerNorm]) -> list[Tensor]:
+    """The vectors among the parameters, and the matrix times a fixed vector."""
+    weight, *vectors = (t.detach() for t in _parameters(output, norms))
+    direction = torch.linspace(-1, 1, weight.shape[1], dtype=torch.float64).sin()
+    return [weight @ direction.to(weight), *(vector.clone() for vector in vectors)]

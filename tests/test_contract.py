@@ -68,8 +68,12 @@ def configured(entry: dict) -> tuple[Attribution, nn.Module, dict]:
     return algorithms[0](model), model, args
 
 
-def test_captums_entries_have_the_form_used_here() -> None:
-    assert set(CONFIG[0]) <= set().union(*captum_config)
+def test_the_entries_have_the_form_of_captums() -> None:
+    captums = captum_config[0]
+    for entry in CONFIG:
+        for key, value in captums.items():
+            assert isinstance(entry[key], type(value) if key != "model" else nn.Module)
+        assert captums["attribute_args"].keys() <= entry["attribute_args"].keys()
 
 
 @pytest.mark.parametrize("entry", CONFIG, ids=lambda entry: entry["name"])
@@ -134,7 +138,8 @@ def test_the_class() -> None:
     assert method.get_name()
     assert not method.has_convergence_delta()
     assert method.multiplies_by_inputs is False
-    assert hasattr(type(method).attribute, "__wrapped__") or callable(method.attribute)
+    # NoiseTunnel calls it without the logging around it.
+    assert callable(method.attribute.__wrapped__)
     with pytest.raises(NotImplementedError, match="attribute_future"):
         method.attribute_future()
 

@@ -51,6 +51,13 @@ def model() -> nn.Module:
         (IDS, MASK[:, None], {}, r"shape \(2, 1, 8\)"),
         (IDS, MASK[:, None, None, :-1].bool(), {}, r"shape \(2, 1, 1, 7\)"),
         (IDS, MASK[:, None, None], {}, r"dtype torch.int64 is not understood"),
+        (
+            IDS,
+            MASK[:, None, None].double(),
+            {},
+            "mask is torch.float64 .* torch.float32",
+        ),
+        (IDS, MASK, {"token_index": MASK.bool()[:, 0]}, "got torch.bool"),
         ((IDS, MASK[:1]), None, {}, r"different batch sizes: \[2, 1\]"),
         (IDS, MASK, {"token_index": 8}, "token_index 8 is outside the 8 tokens"),
         (IDS, MASK, {"token_index": -9}, "token_index -9 is outside"),
@@ -154,6 +161,67 @@ def test_an_encoder_that_runs_twice(model) -> None:
 
     with pytest.raises(UnsupportedModelError, match="second time"):
         GlobEnc(twice).attribute(IDS, 1, (MASK,))
+    assert not left_behind(model)
+
+
+def test_two_encoders_in_a_closure(model) -> None:
+    other = build("roberta", torch.float32)
+
+    def difference(ids, mask):
+        return other(ids, mask).logits - model(ids, mask).logits
+
+    with pytest.raises(UnsupportedModelError, match=r"two encoders ran.*encoder="):
+        GlobEnc(difference).attribute(IDS, 1, (MASK,))
+    assert not left_behind(model)
+    assert not left_behind(other)
+    assert GlobEnc(difference, encoder=model).attribute(IDS, 1, (MASK,)).any()
+
+
+def test_an_attribution_inside_another(model) -> None:
+    def nested(ids, mask):
+        GlobEnc(model).attribute(ids, 1, (mask,))
+        return model(ids, mask).logits
+
+    with pytest.raises(InputError, match="inside another"):
+        GlobEnc(nested).attribute(IDS, 1, (MASK,))
+    assert not left_behind(model)
+    assert GlobEnc(model).attribute(IDS, 1, (MASK,)).any()
+
+
+def test_nan_in_the_head(model) -> None:
+    with torch.no_grad():
+        model.classifier.bias[0] = float("nan")
+    with pytest.raises(NonFiniteActivationError, match="in the head"):
+        GlobEnc(model).attribute(IDS, 1, (MASK,))
+
+
+def test_attention_with_more_than_values(model) -> None:
+    original = model.bert.encoder.layer[1].attention.self.forward
+    model.bert.encoder.layer[1].attention.self.forward = lambda *a, **k: original(
+        *a, s_aux=torch.zeros(4), **k
+    )
+    with pytest.raises(UnsupportedModelError, match="attends with s_aux"):
+        GlobEnc(model).attribute(IDS, 1, (MASK,))
+    assert not left_behind(model)
+
+
+@pytest.mark.parametrize(
+    "path", ["attention.output.dense", "attention.output.LayerNorm", "output", ""]
+)
+@pytest.mark.parametrize("token", [1, 17, 31])
+def test_a_patch_of_a_single_token(model, path, token) -> None:
+    """Activation patching changes the layer: no position may go unnoticed."""
+
+    def patch(_, __, output):
+        changed = output.clone()
+        changed[:, token] = 0
+        return changed
+
+    part = model.bert.encoder.layer[1].get_submodule(path)
+    hook = part.register_forward_hook(patch)
+    with pytest.raises(ReconstructionError, match=r"layer.*[12]"):
+        GlobEnc(model).attribute(sentence(32)[None], target=1)
+    hook.remove()
     assert not left_behind(model)
 
 

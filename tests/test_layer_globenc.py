@@ -155,10 +155,32 @@ def test_question_answering_explains_the_token_of_the_target() -> None:
     def start(ids, mask):
         return model(ids, attention_mask=mask).start_logits
 
-    with pytest.raises(InputError, match=r"one column per token .* token_index"):
-        GlobEnc(start).attribute(IDS, 4, (MASK,))
-    told = GlobEnc(start).attribute(IDS, 4, (MASK,), token_index=4)
-    torch.testing.assert_close(told, one, **EXACT)
+    for options in ({}, {"token_index": 4}):
+        told = GlobEnc(start).attribute(IDS, 4, (MASK,), **options)
+        torch.testing.assert_close(told, one, **EXACT)
+
+
+def test_a_discriminator_explains_the_token_of_the_target() -> None:
+    model = build("electra", head=t.ElectraForPreTraining)
+    rollout = GlobEnc(model).decompose(IDS, (MASK,)).rollout()
+    found = GlobEnc(model).attribute(IDS, 3, (MASK,))
+    torch.testing.assert_close(found, rollout[:, 3], **EXACT)
+
+
+def test_a_head_with_as_many_classes_as_tokens() -> None:
+    class Homemade(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = build("bert", head=t.BertModel)
+            self.head = nn.Linear(24, 8).double()
+
+        def forward(self, ids, mask):
+            return self.head(self.encoder(ids, mask).last_hidden_state[:, 0])
+
+    model = Homemade()
+    rollout = GlobEnc(model).decompose(IDS, (MASK,)).rollout()
+    found = GlobEnc(model).attribute(IDS, 4, (MASK,))
+    torch.testing.assert_close(found, rollout[:, 0], **EXACT)
 
 
 def test_as_many_labels_as_tokens_is_still_a_classifier() -> None:

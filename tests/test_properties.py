@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 import transformers as t
@@ -253,6 +256,51 @@ def test_four_dimensional_masks(shape: str, kind: str) -> None:
     torch.testing.assert_close(scores, attribute(model, ids, mask), **EXACT)
 
 
+@pytest.mark.parametrize("kind", ["bool", "added"])
+def test_masks_that_hide_everything_from_padding(kind: str) -> None:
+    """The outer product of a mask with itself: padding attends to nothing."""
+    model = build("bert")
+    ids, mask = padded([sentence(8), sentence(5)])
+    outer = (mask[:, None, :, None] & mask[:, None, None, :]).bool()
+    if kind == "added":
+        outer = torch.zeros(outer.shape).double().masked_fill(~outer, -torch.inf)
+    scores = attribute(model, ids, outer)
+    torch.testing.assert_close(scores, attribute(model, ids, mask), **EXACT)
+    local = GlobEnc(model).decompose(ids, (outer,)).local
+    expected = GlobEnc(model).decompose(ids, (mask,)).local
+    torch.testing.assert_close(local, expected, **EXACT)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "W", "N_FIXED_RES"])
+@pytest.mark.parametrize("around", ["model", "method"])
+def test_autocast(name: str, around: str) -> None:
+    """The model may run in bfloat16; its decomposition is computed in float32."""
+    model = build("bert", torch.float32)
+    ids, mask = padded([sentence(8), sentence(5)])
+    exact = attribute(model, ids, mask, local=name, normalize=True)
+
+    def forward(ids, mask):
+        with torch.autocast("cpu", torch.bfloat16, enabled=around == "model"):
+            return model(ids, mask).logits
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=around == "method"):
+        scores = attribute(forward, ids, mask, local=name, normalize=True)
+        assert GlobEnc(forward, local=name).decompose(ids, mask).local.isfinite().all()
+    torch.testing.assert_close(scores.float(), exact, rtol=0.1, atol=0.02)
+
+
+def test_copies_work_alone() -> None:
+    model = build("bert")
+    ids, mask = padded([sentence(8), sentence(5)])
+    globenc = GlobEnc(model)
+    expected = globenc.attribute(ids, 1, (mask,))
+    for copied in (copy.deepcopy(globenc), pickle.loads(pickle.dumps(globenc))):
+        assert copied.forward_func is not model
+        with torch.no_grad():
+            model.bert.encoder.layer[0].output.dense.weight.zero_()
+        torch.testing.assert_close(copied.attribute(ids, 1, (mask,)), expected, **EXACT)
+
+
 @pytest.mark.parametrize("padding", [0, 2])
 def test_a_causal_encoder(padding: int) -> None:
     """A token of a decoder takes from no later one; with and without a mask."""
@@ -342,9 +390,12 @@ def test_nothing_quadratic_is_built(name: str, monkeypatch: pytest.MonkeyPatch) 
     assert max(torch.Size(shape).numel() for shape in shapes.seen) < 40 * 40 * 24
 
 
-def test_changed_weights_are_seen() -> None:
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str
+)
+def test_changed_weights_are_seen(dtype: torch.dtype) -> None:
     """Folded weights are dropped after any edit, also one that torch does not count."""
-    model = build("bert")
+    model = build("bert", dtype)
     ids, mask = padded([sentence(8), sentence(5)])
     globenc = GlobEnc(model)
 
@@ -359,10 +410,10 @@ def test_changed_weights_are_seen() -> None:
     fresh_and_kept()
     part.dense.weight.data += 0.1
     fresh_and_kept()
-    part.LayerNorm.weight.data *= 0.7
+    part.LayerNorm.weight.data *= 1.01
     fresh_and_kept()
     model.bert.encoder.layer[2].output.LayerNorm.weight = nn.Parameter(
-        torch.rand(24, dtype=torch.float64)
+        torch.rand(24, dtype=dtype)
     )
     fresh_and_kept()
     model.float()

@@ -13,6 +13,9 @@ from captum_globenc.capture import Captured
 from captum_globenc.errors import InputError
 from captum_globenc.records import EncoderRecord
 
+# Question answering (start and end logits) and ELECTRA's discriminator.
+_HEADS_OF_ONE_LOGIT_PER_TOKEN = {"qa_outputs", "discriminator_predictions"}
+
 TokenIndex = int | Tensor | Literal["mean"] | None
 
 
@@ -98,31 +101,29 @@ def token_of_target(captured: Captured[Any], target: TargetType) -> TokenIndex:
     """The token that a token-level head reads; None for other heads."""
     if target is None or not _is_per_token(captured):
         return None
-    if isinstance(target, list):
-        chosen = [t[0] if isinstance(t, tuple) else t for t in target]
-        return torch.tensor(chosen, device=captured.run.attended.device)
     if isinstance(target, Tensor):
         return target
-    return int(target[0] if isinstance(target, tuple) else target)
+    targets = target if isinstance(target, list) else [target]
+    chosen = [t[0] if isinstance(t, tuple) else t for t in targets]
+    if not all(isinstance(token, int) for token in chosen):
+        raise InputError(
+            f"target {target!r} names no token of the output of shape "
+            f"{tuple(output_tensor(captured.output).shape)}: pass token_index."
+        )
+    if isinstance(target, list):
+        return torch.tensor(chosen, device=captured.run.attended.device)
+    return int(chosen[0])
 
 
 def _is_per_token(captured: Captured[Any]) -> bool:
-    """Whether the output has a row, or a start logit, for every token."""
+    """Whether the output has a row, or a single logit, for every token."""
     output = output_tensor(captured.output)
     if tuple(output.shape[:2]) != captured.run.shape:
         return False
-    if output.ndim > 2:
-        return True
-    # (batch, tokens) or (batch, classes)? A Hugging Face output says so by its names.
-    if isinstance(captured.output, Mapping):
-        return "start_logits" in captured.output
-    labels = getattr(vars(captured.encoder.module).get("config"), "num_labels", None)
-    if output.shape[1] == labels:
-        return False
-    raise InputError(
-        f"the output has shape {tuple(output.shape)}, which is one column per token as "
-        f"well as a column per class (the model's config has {labels} labels): say "
-        "which token to explain with token_index."
+    # (batch, tokens) could as well be (batch, classes): the model's head decides.
+    return output.ndim > 2 or any(
+        name.rpartition(".")[2] in _HEADS_OF_ONE_LOGIT_PER_TOKEN
+        for name, _ in captured.encoder.root.named_modules()
     )
 
 
@@ -142,7 +143,8 @@ def start_of(
     if token_index is None:
         index = attended.int().argmax(-1)
     elif isinstance(token_index, Tensor):
-        if token_index.is_floating_point() or token_index.numel() not in (1, batch):
+        whole = not token_index.is_floating_point() and token_index.dtype != torch.bool
+        if not whole or token_index.numel() not in (1, batch):
             raise InputError(
                 f"token_index must be a LongTensor of shape ({batch},), got "
                 f"{token_index.dtype} of shape {tuple(token_index.shape)}."

@@ -20,7 +20,7 @@ from captum_globenc.attribution.arguments import (
     token_shape,
 )
 from captum_globenc.capture import Captured, record
-from captum_globenc.errors import InputError
+from captum_globenc.errors import InputError, NonFiniteActivationError
 from captum_globenc.local import local_score
 from captum_globenc.weights import WeightCache
 
@@ -101,11 +101,17 @@ class EncoderAttribution(Attribution):
         captured = self._capture(tensors, arguments)
         output = output_tensor(captured.output)
         select_targets(output, target)
+        if output.isnan().any():
+            raise NonFiniteActivationError(
+                "the output of forward_func holds NaN, though no encoder layer does: "
+                "look for NaN in the head."
+            )
         if token_index is None:
             token_index = token_of_target(captured, target)
         start, top = start_of(token_index, captured.run)
         score = local_score(self.local)
-        rows = [Scaled.of(start), *sweep(captured.run, score, start, top)]
+        with torch.autocast(start.device.type, enabled=False):
+            rows = [Scaled.of(start), *sweep(captured.run, score, start, top)]
         return rows, captured
 
     def _scores(self, row: Scaled, dtype: torch.dtype) -> Tensor:

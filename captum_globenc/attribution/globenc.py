@@ -171,6 +171,7 @@ class GlobEnc(EncoderAttribution):
         arguments = format_additional_forward_args(additional_forward_args) or ()
         with torch.no_grad():
             run = self._capture(tensors, arguments).run
+        with torch.no_grad(), torch.autocast(run.attended.device.type, enabled=False):
             batch, tokens = run.shape
             score = local_score(self.local)
             local = torch.zeros(
