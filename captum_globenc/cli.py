@@ -126,6 +126,8 @@ def explain(
     from captum_globenc.explanation import explain as explain_text
 
     _mute_transformers()
+    if html is not None:
+        _check_writable(html)
     try:
         explanation = explain_text(
             *_load(model),
@@ -185,6 +187,12 @@ def _load(
             f"model {name!r} is no trained sequence classifier: it has no weights for "
             f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}."
         )
+    # Without tokenizer files transformers makes one that knows the special tokens only.
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise InputError(
+            f"model {name!r} comes without a tokenizer: it knows {len(tokenizer)} "
+            f"tokens, and the model {model.config.vocab_size}."
+        )
     return model.eval(), tokenizer
 
 
@@ -207,6 +215,12 @@ def _mute_transformers() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def _check_writable(path: Path) -> None:
+    """Before any work: a page that cannot be written would be lost with it."""
+    if path.is_dir() or not path.parent.is_dir():
+        _fail(f"cannot write {str(path)!r}: it is no file in a folder that exists.")
 
 
 def _write_page(explanation: Explanation, path: Path) -> None:

@@ -308,8 +308,9 @@ def _readable_tokens(
     readable = []
     for position, token in enumerate(tokens):
         shown = tokenizer.convert_tokens_to_string([token]).strip()
-        if "\N{REPLACEMENT CHARACTER}" in shown and encoding.is_fast:
-            # A byte of a longer character: what it is part of, from the text.
+        unknown = encoding["input_ids"][position] == tokenizer.unk_token_id
+        if encoding.is_fast and (unknown or "\N{REPLACEMENT CHARACTER}" in shown):
+            # Not in the vocabulary, or a byte of a longer character: from the text.
             span = encoding.token_to_chars(0, position)
             shown = text[span.start : span.end] if span else shown
         readable.append(shown.strip() or "\N{OPEN BOX}")

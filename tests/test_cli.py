@@ -63,6 +63,8 @@ def folders(tmp_path_factory):
     save(root / "headless", t.BertForMaskedLM(t.BertConfig(**SMALL)))
     save(root / "fnet", t.FNetForSequenceClassification(t.FNetConfig(**SMALL)))
     (root / "empty").mkdir()
+    wordless = t.BertForSequenceClassification(t.BertConfig(**SMALL))
+    wordless.save_pretrained(root / "wordless")
     save(root / "broken", t.BertForSequenceClassification(t.BertConfig(**SMALL)))
     (root / "broken" / "model.safetensors").write_bytes(b"no weights\nhere")
     return root
@@ -157,19 +159,23 @@ BAD_INPUT = {
     "long text": (["long " * 300], "302 tokens and the model has positions for 256"),
     "method": (["x", "--methods", "globenc,salience"], "unknown method 'salience'"),
     "near method": (["x", "--methods", "GlobEnc"], "Did you mean 'globenc'?"),
-    "no method": (["x", "--methods", ""], "unknown method ''"),
+    "no method": (["x", "--methods", ","], "no method asked for; known: globenc"),
     "local": (["x", "--local", "foo"], "unknown local score 'foo'"),
     "near local": (["x", "--local", "N_ENCC"], "Did you mean 'N_ENC'?"),
     "label": (["x", "--target", "great"], "unknown label 'great'; known: 0 negative,"),
     "near label": (["x", "--target", "possitive"], "Did you mean 'positive'?"),
     "index": (["x", "--target", "7"], "'7' is outside the model's 2 labels"),
     "negative index": (["x", "--target", "-1"], "'-1' is outside the model's 2 labels"),
-    "page": (["x", "--html", "{}/none/x.html"], "none/x.html': No such file"),
+    "page": (["x", "--html", "{}/none/x.html"], "none/x.html': it is no file"),
     "page is a folder": (["x", "--html", "{}"], "cannot write"),
     "no such folder": (["x", "--model", "{}/none"], "none': there is no such folder"),
     "empty folder": (["x", "--model", "{}/empty"], "empty' cannot be loaded"),
     "broken weights": (["x", "--model", "{}/broken"], "broken' cannot be loaded"),
     "unsupported": (["x", "--model", "{}/fnet"], "model type 'fnet' is not supported"),
+    "no tokenizer": (
+        ["x", "--model", "{}/wordless", "--methods", "globenc"],
+        "wordless' comes without a tokenizer: it knows",
+    ),
     "no head": (
         ["x", "--model", "{}/headless"],
         "headless' is no trained sequence classifier: it has no weights for",
@@ -201,7 +207,7 @@ def test_real_run_with_all_it_can_print() -> None:
     assert done.stderr == ""
     assert "\x1b" not in done.stdout
     rows = [line.split() for line in done.stdout.splitlines()]
-    sentence = ["[CLS]", "naive", "[UNK]", "[UNK]", "[UNK]", "[", "bold", "]", "[SEP]"]
+    sentence = ["[CLS]", "naive", "世", "界", "😀", "[", "bold", "]", "[SEP]"]
     assert rows.count(sentence) == 3
 
 
