@@ -1,10 +1,9 @@
 """Run a model once and record, per encoder layer, what decomposes it.
 
-While :func:`record` runs, the encoder's attention goes through a function registered
-with ``transformers.AttentionInterface`` (and a mask function registered beside it,
-without which padding would be attended silently), forward hooks keep what goes through
-the norms, and the encoder is in evaluation mode. All of it is undone on the way out,
-also after an exception.
+While :func:`record` runs, the encoder's attention goes through
+:mod:`captum_globenc.interface`, forward hooks keep what goes through the norms, and the
+encoder is in evaluation mode. All of it is undone on the way out, also after an
+exception.
 """
 
 from __future__ import annotations
@@ -19,9 +18,6 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from captum_globenc.architectures import (
     Encoder,
@@ -35,18 +31,19 @@ from captum_globenc.errors import (
     NonFiniteActivationError,
     UnsupportedModelError,
 )
+from captum_globenc.interface import (
+    ACTIVE,
+    attended_tokens,
+    check_attended,
+    switched,
+)
 from captum_globenc.reconstruction import LayerProjections, check_layers, project
 from captum_globenc.records import EncoderRecord, LayerRecord
 from captum_globenc.weights import WeightCache, centre, working_dtype
 
-_NAME = "captum_globenc"
-# Arguments with which an attention function computes more than softmax(QK)V.
-_FOREIGN = ("softcap", "s_aux", "position_bias", "head_mask")
-
 # Two runs at once would switch and restore the same model's settings out of order, so
 # one runs after the other; a run that records nothing is not held up.
 _LOCK = threading.RLock()
-_ACTIVE = threading.local()
 
 Output = TypeVar("Output")
 
@@ -87,10 +84,10 @@ def record(
         InputError: ids, mask or length that the encoder cannot take.
     """
     with _LOCK, ExitStack() as undo:
-        if getattr(_ACTIVE, "recorder", None) is not None:
+        if ACTIVE.listener is not None:
             raise InputError("an attribution was started inside another one's run.")
-        recorder = _ACTIVE.recorder = _Recorder(weights)
-        undo.callback(setattr, _ACTIVE, "recorder", None)
+        recorder = ACTIVE.listener = _Recorder(weights)
+        undo.callback(setattr, ACTIVE, "listener", None)
         if encoder is None:
             undo.enter_context(_installed_on_sight(recorder))
         else:
@@ -130,28 +127,6 @@ def _installed_on_sight(recorder: _Recorder) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _switched(modules: list[nn.Module]) -> Iterator[None]:
-    """All attention inside an encoder of these modules through :func:`_attention`."""
-    configs: dict[int, Any] = {}
-    waiting = [vars(module).get("config") for module in modules]
-    while waiting:
-        config = waiting.pop(0)
-        if hasattr(config, "_attn_implementation") and id(config) not in configs:
-            configs[id(config)] = config
-            parts = getattr(config, "sub_configs", ())
-            waiting += [getattr(config, name, None) for name in parts]
-    before = [(config, config._attn_implementation) for config in configs.values()]
-    try:
-        for config, _ in before:
-            config._attn_implementation = _NAME
-        yield
-    finally:
-        # A config hands its setting down to its parts: in this order theirs come last.
-        for config, implementation in before:
-            config._attn_implementation = implementation
-
-
 @dataclass
 class _Draft:
     """A layer whose forward is under way: what has been seen of it so far."""
@@ -182,7 +157,7 @@ class _Recorder:
         self.encoder = encoder
         with ExitStack() as undo:
             everything = list(encoder.module.modules())
-            undo.enter_context(_switched(everything))
+            undo.enter_context(switched(everything))
             for module in everything:
                 if module.training:
                     # Not module.train(): it would also switch this module's parts.
@@ -307,8 +282,8 @@ class _Recorder:
         if module is not modules.attention:
             return
         if self._attended is None:
-            self._attended = _attended(mask, query)
-            _check_attended(self._attended)
+            self._attended = attended_tokens(mask, query)
+            check_attended(self._attended)
         self._draft.attention = {
             "query": query.detach(),
             "key": key.detach(),
@@ -370,65 +345,6 @@ class _Recorder:
         )
 
 
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """The attention function: torch's own fast one, and a note of what went in."""
-    foreign = [name for name in _FOREIGN if kwargs.get(name) is not None]
-    if foreign:
-        raise UnsupportedModelError(
-            f"{type(module).__name__} attends with {', '.join(foreign)}, which is no "
-            "plain softmax over values and cannot be decomposed."
-        )
-    if attention_mask is not None:
-        _check_mask(attention_mask, query, key)
-    output = sdpa_attention_forward(
-        module, query, key, value, attention_mask, scaling=scaling, **kwargs
-    )
-    recorder = getattr(_ACTIVE, "recorder", None)
-    if recorder is not None:
-        factor = query.shape[-1] ** -0.5 if scaling is None else scaling
-        causal = kwargs.get("is_causal")
-        if causal is None:
-            causal = getattr(module, "is_causal", True)
-        if attention_mask is None and causal:
-            # Without a mask a causal module leaves the masking to sdpa.
-            square = query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool)
-            attention_mask = square.tril()[None, None]
-        recorder.attend(module, query, key, value, attention_mask, factor, output[0])
-    return output  # type: ignore[no-any-return]
-
-
-def _mask(
-    *, batch_size: int, attention_mask: Tensor | None = None, **kwargs: Any
-) -> Tensor | None:
-    """The mask function beside it: checks a mask that still is (batch, tokens)."""
-    if attention_mask is not None:
-        # Older releases name the queries by their positions in a cache.
-        positions = kwargs.get("cache_position")
-        tokens = kwargs["q_length"] if positions is None else len(positions)
-        if tuple(attention_mask.shape) != (batch_size, tokens):
-            raise InputError(
-                f"the attention mask has shape {tuple(attention_mask.shape)}, and "
-                f"(batch, tokens) = {(batch_size, tokens)} is expected."
-            )
-        _check_attended(attention_mask.bool())
-    return sdpa_mask(  # type: ignore[no-any-return]
-        batch_size=batch_size, attention_mask=attention_mask, **kwargs
-    )
-
-
-# New names beside the built-in ones: no model uses them until it is switched to them.
-AttentionInterface.register(_NAME, _attention)
-AttentionMaskInterface.register(_NAME, _mask)
-
-
 def _scale(vectors: Tensor, norm: nn.LayerNorm) -> Tensor:
     """sqrt(var + eps) over the hidden dimension, biased, (batch, tokens)."""
     values = centre(vectors.to(working_dtype(vectors.dtype)))
@@ -436,17 +352,6 @@ def _scale(vectors: Tensor, norm: nn.LayerNorm) -> Tensor:
     squares = values.norm(dim=-1).square()
     scale: Tensor = (squares / values.shape[-1] + norm.eps).sqrt()
     return scale
-
-
-def _attended(mask: Tensor | None, query: Tensor) -> Tensor:
-    """(batch, tokens): the sources that some receiver attends to."""
-    batch, tokens = query.shape[0], query.shape[2]
-    if mask is None:
-        return torch.ones(batch, tokens, dtype=torch.bool, device=query.device)
-    # What is added to hide a source differs (-inf, the dtype's lowest value, -10000);
-    # exp(-1000) is 0 in every dtype.
-    allowed = mask if mask.dtype == torch.bool else mask > -1000
-    return allowed.any(1).any(1).expand(batch, tokens)
 
 
 def _check_ids(ids: Tensor, encoder: nn.Module) -> None:
@@ -467,39 +372,4 @@ def _check_length(tokens: int, most: int) -> None:
             f"the input has {tokens} tokens and the model has positions for {most}: "
             "shorten the text, or truncate when tokenizing (truncation=True, "
             f"max_length={most})."
-        )
-
-
-def _check_attended(attended: Tensor) -> None:
-    empty = (~attended.any(-1)).nonzero().flatten().tolist()
-    if empty:
-        raise InputError(
-            f"the attention mask of example {empty[0]} is all zero, so "
-            "there is no token to explain."
-        )
-
-
-def _check_mask(mask: Tensor, query: Tensor, key: Tensor) -> None:
-    batch, heads, receivers, _ = query.shape
-    sources = key.shape[2]
-    full = (batch, heads, receivers, sources)
-    fits = mask.ndim == 4 and all(
-        size in (1, most) for size, most in zip(mask.shape, full, strict=True)
-    )
-    # A mask of one source for all would hide or show everything: a mistake.
-    if not fits or mask.shape[-1] != sources:
-        raise InputError(
-            f"the attention mask has shape {tuple(mask.shape)} in the encoder, which "
-            f"does not fit (batch, heads, receivers, sources) = {full}."
-        )
-    if mask.is_floating_point() and mask.dtype != query.dtype:
-        if not torch.is_autocast_enabled(query.device.type):
-            raise InputError(
-                f"the attention mask is {mask.dtype} and the model computes in "
-                f"{query.dtype}: an added mask must have the model's dtype."
-            )
-    elif mask.dtype != torch.bool and not mask.is_floating_point():
-        raise InputError(
-            f"an attention mask of dtype {mask.dtype} is not understood: bool (True: "
-            "attended) or floating point (added to the logits) is expected."
         )

@@ -330,16 +330,16 @@ def test_a_layer_that_is_not_as_described(model, spoil, name) -> None:
 
 def test_attention_that_is_not_what_was_recorded(model, monkeypatch) -> None:
     """The attention function computes something else from the same q, k and v."""
-    from captum_globenc import capture
+    from captum_globenc import interface
 
-    original = capture.sdpa_attention_forward
+    original = interface.sdpa_attention_forward
 
     def windowed(module, query, key, value, mask, **kwargs):
         tokens = torch.arange(query.shape[2])
         near = ((tokens[:, None] - tokens).abs() < 3)[None, None]
         return original(module, query, key, value, near, **kwargs)
 
-    monkeypatch.setattr(capture, "sdpa_attention_forward", windowed)
+    monkeypatch.setattr(interface, "sdpa_attention_forward", windowed)
     with pytest.raises(ReconstructionError, match="the attention output"):
         GlobEnc(model).attribute(IDS[:1], 1)
 
