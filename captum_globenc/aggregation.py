@@ -2,9 +2,9 @@ r"""Rollout of the local scores over the layers.
 
 :math:`R^1 = n^1`, :math:`R^l = n^l R^{l-1}` (Abnar & Zuidema 2020, as in Modarressi et
 al. 2022): no row is normalised and no residual added, because the residual is inside
-:math:`n`. Products of many unnormalised layers leave the
-range of the floating-point numbers, so each example carries a power of two beside its
-values; scaling by it is exact, and scores keep their ratios.
+:math:`n`. Products of many unnormalised layers leave the range of the floating-point
+numbers, so each example carries a power of two beside its values; scaling by it is
+exact, and scores keep their ratios.
 """
 
 from __future__ import annotations

@@ -166,14 +166,17 @@ def _check_mask(mask: Tensor, query: Tensor, key: Tensor) -> None:
             f"the attention mask has shape {tuple(mask.shape)} in the encoder, which "
             f"does not fit (batch, heads, receivers, sources) = {full}."
         )
-    if mask.is_floating_point() and mask.dtype != query.dtype:
-        if not torch.is_autocast_enabled(query.device.type):
-            raise InputError(
-                f"the attention mask is {mask.dtype} and the model computes in "
-                f"{query.dtype}: an added mask must have the model's dtype."
-            )
-    elif mask.dtype != torch.bool and not mask.is_floating_point():
+    if mask.dtype == torch.bool:
+        return
+    if not mask.is_floating_point():
         raise InputError(
             f"an attention mask of dtype {mask.dtype} is not understood: bool (True: "
             "attended) or floating point (added to the logits) is expected."
+        )
+    # Autocast brings the two together by itself.
+    autocast = torch.is_autocast_enabled(query.device.type)
+    if mask.dtype != query.dtype and not autocast:
+        raise InputError(
+            f"the attention mask is {mask.dtype} and the model computes in "
+            f"{query.dtype}: an added mask must have the model's dtype."
         )

@@ -50,18 +50,16 @@ class LayerProjections:
         steps (Tensor): (batch, tokens, 7): the layer's input, input and output of its
             attention norm, output of the feed-forward part, input and output of its
             output norm, the layer's output.
-        attended (Tensor): what the heads' outputs add, (batch, tokens).
+        mixed (Tensor): what attention adds to the layer's input, (batch, tokens).
         through_norms (tuple[Tensor, Tensor]): the outputs of the two norms as their
             inputs, scales and weights give them, (batch, tokens).
-        offset (Tensor): what the output bias adds.
         tolerance (float): the largest relative deviation that rounding explains.
     """
 
     name: str
     steps: Tensor
-    attended: Tensor
+    mixed: Tensor
     through_norms: tuple[Tensor, Tensor]
-    offset: Tensor
     tolerance: float
 
 
@@ -89,12 +87,11 @@ def project(
     return LayerProjections(
         name=name,
         steps=torch.stack([step.to(dtype) @ probe for step in steps], -1),
-        attended=context.to(dtype) @ weights.output_probe,
+        mixed=context.to(dtype) @ weights.output_probe + bias,
         through_norms=(
             steps[1].to(dtype) @ first / scales[0] + first_bias,
             steps[4].to(dtype) @ second / scales[1] + second_bias,
         ),
-        offset=bias,
         tolerance=tolerance(context.dtype, *(step.dtype for step in steps)),
     )
 
@@ -111,9 +108,9 @@ def check_layers(layers: Sequence[LayerProjections], attended: Tensor) -> None:
     """
     steps = torch.stack([layer.steps for layer in layers])
     hidden, first, normed, fed, second, last, output = steps.unbind(-1)
-    heads = torch.stack([layer.attended + layer.offset for layer in layers])
+    mixed = torch.stack([layer.mixed for layer in layers])
     identities = {
-        "the input of its attention norm": (first, hidden + heads),
+        "the input of its attention norm": (first, hidden + mixed),
         "the output of its attention norm": (
             normed,
             torch.stack([layer.through_norms[0] for layer in layers]),

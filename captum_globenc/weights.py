@@ -46,9 +46,7 @@ class LayerWeights:
 
     Attributes:
         output (Tensor): :math:`W_O`, (hidden, heads × head size).
-        output_bias (Tensor): :math:`b_O`, (hidden).
         gammas (tuple[Tensor, ...]): weight of each norm, (hidden).
-        betas (tuple[Tensor, ...]): bias of each norm, (hidden).
         probe (Tensor): a fixed random direction :math:`p`, (hidden); see
             :mod:`captum_globenc.reconstruction`.
         output_probe (Tensor): :math:`W_O^\top p`, (heads × head size).
@@ -67,18 +65,18 @@ class LayerWeights:
         dtype = working_dtype(output.weight.dtype)
         hidden = output.weight.new_ones(output.out_features, dtype=dtype)
         self.output = self._held.to(dtype)
-        self.output_bias = _value(output.bias, torch.zeros_like(hidden))
         # Copies: the linear maps folded below must not change under their key.
         self.gammas = tuple(_value(norm.weight, hidden).clone() for norm in norms)
-        self.betas = tuple(_value(norm.bias, 0 * hidden).clone() for norm in norms)
         generator = torch.Generator().manual_seed(0)
         probe = torch.randn(hidden.shape, generator=generator, dtype=torch.float64)
         self.probe = probe.to(hidden)
         self.output_probe = self.output.T @ self.probe
         turned = [centre(self.probe * gamma) for gamma in self.gammas]
         self.directions = torch.stack([self.probe, *turned], -1)
-        biases = torch.stack([self.output_bias, *self.betas])
-        self.offsets = biases @ self.probe
+        biases = [output.bias, *(norm.bias for norm in norms)]
+        self.offsets = (
+            torch.stack([_value(bias, 0 * hidden) for bias in biases]) @ self.probe
+        )
         self._grams: dict[int, Tensor] = {}
 
     def gram(self, norms: int, heads: int) -> Tensor:
@@ -134,10 +132,6 @@ class WeightCache:
         if entry is None or not entry.is_current(output, norms):
             entry = self._entries[name] = LayerWeights(output, norms)
         return entry
-
-    def clear(self) -> None:
-        """Forget all weights."""
-        self._entries.clear()
 
 
 def _value(parameter: Tensor | None, default: Tensor) -> Tensor:
