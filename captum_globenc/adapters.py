@@ -156,8 +156,8 @@ def layer_matrix(decomposition: Decomposition, token_index: int = 0) -> Tensor:
 def to_image(scores: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
     """Patch scores as an image: each patch's score shared out over its pixels.
 
-    The total stays where the image is a whole number of pixels per patch. Uses
-    ``captum.attr.LayerAttribution.interpolate`` with nearest neighbours.
+    The total stays. Uses ``captum.attr.LayerAttribution.interpolate`` with nearest
+    neighbours, so that every pixel belongs to one patch.
 
     Args:
         scores (Tensor): (batch, patches), row by row, without [CLS].
@@ -168,15 +168,60 @@ def to_image(scores: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Te
         *Tensor* of shape (batch, 1, height, width).
 
     Raises:
-        InputError: the grid does not hold as many patches as there are scores.
+        InputError: the grid does not hold as many patches as there are scores, or the
+            image fewer pixels than the grid patches.
     """
     if scores.ndim != 2 or scores.shape[1] != grid[0] * grid[1]:
         raise InputError(
             f"scores of shape {tuple(scores.shape)} do not fill a grid of {grid[0]} by "
             f"{grid[1]} patches: leave out [CLS] and other tokens that are no patch."
         )
-    patches = scores.view(len(scores), 1, *grid)
-    image = LayerAttribution.interpolate(patches, size)
-    pixels = size[0] * size[1] / (grid[0] * grid[1])
-    result: Tensor = image / pixels
-    return result
+    if size[0] < grid[0] or size[1] < grid[1]:
+        raise InputError(
+            f"an image of {size[0]} by {size[1]} pixels is smaller than its grid of "
+            f"{grid[0]} by {grid[1]} patches."
+        )
+    # How many pixels each patch gets: not the same for all where sizes do not divide.
+    order = torch.arange(scores.shape[1], dtype=torch.float64, device=scores.device)
+    owner = LayerAttribution.interpolate(order.view(1, 1, *grid), size).long()
+    pixels = owner.flatten().bincount(minlength=scores.shape[1])
+    patches = (scores / pixels).view(len(scores), 1, *grid)
+    image: Tensor = LayerAttribution.interpolate(patches, size)
+    return image
+
+
+def shaped_like(
+    scores: Tensor, like: Tensor, grid: tuple[int, int] | None = None
+) -> Tensor:
+    """Token scores in the shape of what they are scores of.
+
+    The total stays, but for tokens that are no patch ([CLS]), which have no place in an
+    image.
+
+    Args:
+        scores (Tensor): (batch, tokens).
+        like (Tensor): ids, (batch, tokens) or (batch, choices, tokens); embeddings or
+            hidden states, (batch, tokens, hidden), for
+            :func:`spread_over_embedding`; an image or feature map, (batch, channels,
+            height, width), for :func:`to_image` with equal channels.
+        grid (tuple[int, int], optional): rows and columns of patches, which are the
+            last tokens; needed for images. Embeddings of the patches alone get the
+            scores of these. Default: None.
+
+    Returns:
+        *Tensor* of the shape of ``like``.
+    """
+    if not like.is_floating_point():
+        return scores.view(like.shape)
+    if like.ndim == 3:
+        if grid is not None and like.shape[1] == grid[0] * grid[1]:
+            scores = scores[:, -like.shape[1] :]
+        return spread_over_embedding(scores, like)
+    if grid is None:
+        raise InputError(
+            f"scores of shape {tuple(scores.shape)} can be laid out as an image of "
+            f"shape {tuple(like.shape)} only with the grid of its patches."
+        )
+    size = (like.shape[-2], like.shape[-1])
+    image = to_image(scores[:, -grid[0] * grid[1] :], grid, size)
+    return (image / like.shape[1]).expand(like.shape).contiguous()

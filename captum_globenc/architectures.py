@@ -8,45 +8,86 @@ not rebuild their layer raise
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from torch import nn
 
 from captum_globenc.errors import UnsupportedModelError
 
+Part = TypeVar("Part", bound=nn.Module)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Architecture:
-    r"""A family of post-LN encoders: paths to its parts.
+    r"""A family of encoders: paths to its parts, and where its norms are.
 
-    The layer must compute, with ``z`` the output of ``attention_norm``,
+    A post-LN layer has norms after both residuals and must compute, with ``z`` the
+    output of ``attention_norm``,
 
     .. code-block:: text
 
         y = x + output(attention(x))      z  = attention_norm(y)
         o = z + feed_forward(z)           x' = output_norm(o)
 
+    A pre-LN layer has them in front of its two parts and must compute
+
+    .. code-block:: text
+
+        y = x + output(attention(norm(x)))
+        x' = y + feed_forward(feed_forward_norm(y))
+
     Args:
-        embeddings (str): from the encoder: the module that takes ``input_ids`` or
-            ``inputs_embeds``.
-        positions (str): from the encoder: the table of position embeddings.
         layers (str): from the encoder: the list of layers.
         attention (str): from a layer: the module that calls the attention function of
             ``transformers.AttentionInterface``.
         output (str): from a layer: the linear map after the heads, :math:`W_O, b_O`.
-        attention_norm (str): from a layer: the LayerNorm after the first residual.
-        feed_forward (str): from a layer: the last linear map of the feed-forward part.
-        output_norm (str): from a layer: the LayerNorm after the second residual.
+        feed_forward (str): from a layer: the module whose output is added in the second
+            residual.
+        attention_norm (str, optional): from a post-LN layer: the LayerNorm after the
+            first residual.
+        output_norm (str, optional): from a post-LN layer: the LayerNorm after the
+            second residual.
+        feed_forward_norm (str, optional): from a pre-LN layer: the norm in front of the
+            feed-forward part.
+        final_norm (str, optional): from a pre-LN encoder: the LayerNorm after the last
+            layer.
+        embeddings (str): from the encoder: the module that takes ``input_ids``,
+            ``inputs_embeds`` or ``pixel_values``.
+        positions (str, optional): from the encoder: the table of position embeddings.
+        patches (str, optional): from an image encoder: the convolution that cuts an
+            image into patches. Patches are its last tokens, row by row.
     """
 
-    embeddings: str
-    positions: str
     layers: str
     attention: str
     output: str
-    attention_norm: str
     feed_forward: str
-    output_norm: str
+    attention_norm: str | None = None
+    output_norm: str | None = None
+    feed_forward_norm: str | None = None
+    final_norm: str | None = None
+    embeddings: str
+    positions: str | None = None
+    patches: str | None = None
+
+    def __post_init__(self) -> None:
+        after = (self.attention_norm, self.output_norm)
+        if self.is_pre_norm:
+            complete = after == (None, None)
+        else:
+            complete = None not in after and self.final_norm is None
+        if not complete:
+            raise ValueError(
+                "an Architecture has either attention_norm and output_norm (post-LN) "
+                "or feed_forward_norm and, where there is one, final_norm (pre-LN), "
+                f"got {self}."
+            )
+
+    @property
+    def is_pre_norm(self) -> bool:
+        """Whether the norms are in front of the layer's parts."""
+        return self.feed_forward_norm is not None
 
 
 _BERT = Architecture(
@@ -71,12 +112,34 @@ _DISTILBERT = Architecture(
     output_norm="output_layer_norm",
 )
 
-_TABLE: dict[str, Architecture] = {
-    "bert": _BERT,
-    "distilbert": _DISTILBERT,
-    "electra": _BERT,
-    "roberta": _BERT,
-    "xlm-roberta": _BERT,
+_VIT = Architecture(
+    embeddings="embeddings",
+    patches="embeddings.patch_embeddings.projection",
+    layers="layers",
+    attention="attention",
+    output="attention.o_proj",
+    feed_forward_norm="layernorm_after",
+    feed_forward="mlp",
+    final_norm="layernorm",
+)
+
+# As it was in transformers 5.0.
+_VIT_OLD = replace(
+    _VIT,
+    layers="encoder.layer",
+    attention="attention.attention",
+    output="attention.output.dense",
+    feed_forward="output.dense",
+)
+
+# The layouts of each family; where releases of transformers differ, newest first.
+_TABLE: dict[str, tuple[Architecture, ...]] = {
+    "bert": (_BERT,),
+    "distilbert": (_DISTILBERT,),
+    "electra": (_BERT,),
+    "roberta": (_BERT,),
+    "vit": (_VIT, _VIT_OLD),
+    "xlm-roberta": (_BERT,),
 }
 
 
@@ -115,20 +178,31 @@ def register_architecture(model_type: str, architecture: Architecture) -> None:
             "architecture must be a captum_globenc.Architecture, got "
             f"{type(architecture).__name__}"
         )
-    _TABLE[model_type] = architecture
+    _TABLE[model_type] = (architecture,)
 
 
 @dataclass(frozen=True)
 class LayerModules:
-    """The parts of one encoder layer."""
+    """The parts of one encoder layer.
+
+    Args:
+        name (str): the layer's name in the model.
+        layer (nn.Module): the layer itself.
+        attention (nn.Module): calls the attention function.
+        output (nn.Linear): the linear map after the heads.
+        norms (tuple[nn.LayerNorm or None, nn.LayerNorm or None]): the norms that follow
+            the first and the second residual. That of a pre-LN encoder's last layer is
+            the final norm.
+        watched (dict[str, nn.Module]): the parts whose inputs and outputs must rebuild
+            the layer, by their names in :class:`Architecture`.
+    """
 
     name: str
     layer: nn.Module
     attention: nn.Module
     output: nn.Linear
-    attention_norm: nn.LayerNorm
-    feed_forward: nn.Linear
-    output_norm: nn.LayerNorm
+    norms: tuple[nn.LayerNorm | None, nn.LayerNorm | None]
+    watched: dict[str, nn.Module]
 
 
 @dataclass(frozen=True)
@@ -138,23 +212,31 @@ class Encoder:
     Args:
         root (nn.Module): the model that was searched, with its head.
         module (nn.Module): the encoder itself.
-        embeddings (nn.Module): takes ids or embeddings.
-        positions (nn.Embedding): the table of position embeddings.
+        is_pre_norm (bool): whether the norms are in front of the layers' parts.
+        embeddings (nn.Module): takes ids, embeddings or images.
+        positions (nn.Embedding or None): the table of position embeddings.
+        patches (nn.Conv2d or None): cuts images into patches.
         layers (tuple[LayerModules, ...]): bottom layer first.
+        final_norm (nn.LayerNorm or None): after the last layer of a pre-LN encoder.
     """
 
     root: nn.Module
     module: nn.Module
+    is_pre_norm: bool
     embeddings: nn.Module
-    positions: nn.Embedding
+    positions: nn.Embedding | None
+    patches: nn.Conv2d | None
     layers: tuple[LayerModules, ...]
+    final_norm: nn.LayerNorm | None
 
     @property
-    def max_tokens(self) -> int:
-        """The longest input that the position table allows, in tokens.
+    def max_tokens(self) -> int | None:
+        """The longest input that the position table allows, in tokens; None: no limit.
 
         RoBERTa numbers positions from ``padding_idx + 1``.
         """
+        if self.positions is None:
+            return None
         reserved = self.positions.padding_idx
         return self.positions.num_embeddings - (0 if reserved is None else reserved + 1)
 
@@ -173,14 +255,15 @@ def find_encoder(root: nn.Module) -> Encoder | None:
     """
     found: dict[int, tuple[str, nn.Module, Architecture]] = {}
     for name, module in root.named_modules():
-        architecture = _TABLE.get(model_type(module) or "")
-        if architecture is None or id(module) in found:
-            continue
         # The head and the encoder share one config: the encoder is the module from
         # which the path to the layers starts.
-        if _submodule(module, architecture.layers.split(".")[0]) is None:
-            continue
-        found[id(module)] = (name, module, architecture)
+        layouts = [
+            layout
+            for layout in _TABLE.get(model_type(module) or "", ())
+            if _submodule(module, layout.layers.split(".")[0]) is not None
+        ]
+        if layouts and id(module) not in found:
+            found[id(module)] = (name, module, layouts[0])
     if len(found) > 1:
         names = ", ".join(repr(name) for name, _, _ in found.values())
         raise UnsupportedModelError(
@@ -199,10 +282,11 @@ def unsupported(root: nn.Module) -> UnsupportedModelError:
     )
     known = [t for t in types if t in _TABLE]
     if known:
+        path = _TABLE[known[0]][0].layers
         return UnsupportedModelError(
             f"{type(root).__name__} has model type {known[0]!r}, whose layers are "
-            f"expected at {_TABLE[known[0]].layers!r} of one of its parts, and no part "
-            "has that. Pass the whole encoder, or describe the changed model with "
+            f"expected at {path!r} of one of its parts, and no part has that. "
+            "Pass the whole encoder, or describe the changed model with "
             "captum_globenc.register_architecture."
         )
     if types:
@@ -236,7 +320,9 @@ def _resolve(
 ) -> Encoder:
     prefix = f"{name}." if name else ""
 
-    def part(owner: nn.Module, owner_name: str, field: str, kind: type) -> nn.Module:
+    def part(
+        field: str, kind: type[Part], owner: nn.Module = module, owner_name: str = ""
+    ) -> Part:
         path = getattr(architecture, field)
         result = _submodule(owner, path)
         if result is None:
@@ -257,28 +343,47 @@ def _resolve(
             )
         return result
 
-    layer_list = part(module, "", "layers", nn.ModuleList)
-    assert isinstance(layer_list, nn.ModuleList)
+    def optional(field: str, kind: type[Part]) -> Part | None:
+        return None if getattr(architecture, field) is None else part(field, kind)
+
+    layer_list = part("layers", nn.ModuleList)
     if len(layer_list) == 0:
         raise UnsupportedModelError(f"{type(module).__name__} has no encoder layer.")
-    kinds = {
-        "attention": nn.Module,
-        "output": nn.Linear,
-        "attention_norm": nn.LayerNorm,
-        "feed_forward": nn.Linear,
-        "output_norm": nn.LayerNorm,
-    }
+    final_norm = optional("final_norm", nn.LayerNorm)
     layers = []
     for index, layer in enumerate(layer_list):
         layer_name = f"{prefix}{architecture.layers}.{index}"
-        parts = {f: part(layer, f"{layer_name}.", f, k) for f, k in kinds.items()}
-        layers.append(LayerModules(name=layer_name, layer=layer, **parts))  # type: ignore[arg-type]
-    positions = part(module, "", "positions", nn.Embedding)
-    assert isinstance(positions, nn.Embedding)
+        where = (layer, f"{layer_name}.")
+        watched: dict[str, nn.Module] = {
+            "feed_forward": part("feed_forward", nn.Module, *where)
+        }
+        norms: tuple[nn.LayerNorm | None, nn.LayerNorm | None]
+        if architecture.is_pre_norm:
+            watched["feed_forward_norm"] = part("feed_forward_norm", nn.Module, *where)
+            norms = (None, final_norm if index + 1 == len(layer_list) else None)
+        else:
+            norms = (
+                part("attention_norm", nn.LayerNorm, *where),
+                part("output_norm", nn.LayerNorm, *where),
+            )
+            watched.update(zip(("attention_norm", "output_norm"), norms))
+        layers.append(
+            LayerModules(
+                name=layer_name,
+                layer=layer,
+                attention=part("attention", nn.Module, *where),
+                output=part("output", nn.Linear, *where),
+                norms=norms,
+                watched=watched,
+            )
+        )
     return Encoder(
         root=root,
         module=module,
-        embeddings=part(module, "", "embeddings", nn.Module),
-        positions=positions,
+        is_pre_norm=architecture.is_pre_norm,
+        embeddings=part("embeddings", nn.Module),
+        positions=optional("positions", nn.Embedding),
+        patches=optional("patches", nn.Conv2d),
         layers=tuple(layers),
+        final_norm=final_norm,
     )

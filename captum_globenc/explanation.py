@@ -178,7 +178,7 @@ def _check_text(text: object) -> None:
 
 
 def _tokenize(
-    tokenizer: PreTrainedTokenizerBase, text: str, most: int, truncate: bool
+    tokenizer: PreTrainedTokenizerBase, text: str, most: int | None, truncate: bool
 ) -> tuple[BatchEncoding, int]:
     """The encoding, of at most ``most`` tokens, and how many were cut off for that."""
     # verbose=False: a text longer than tokenizer.model_max_length is handled here.
@@ -186,7 +186,7 @@ def _tokenize(
     tokens = len(encoding["input_ids"])
     if all(encoding["special_tokens_mask"]):
         raise InputError(f"the tokenizer finds no token in the text {text!r}.")
-    if tokens <= most:
+    if most is None or tokens <= most:
         return encoding, 0
     if not truncate:
         raise InputError(

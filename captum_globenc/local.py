@@ -16,6 +16,10 @@ so off the diagonal
     G_j[h,h'] = \langle M f^h(x_j), M f^{h'}(x_j) \rangle ,
 
 and on the diagonal there is one vector per token.
+
+The paper covers post-LN layers. In a pre-LN layer no norm follows the residuals, so M
+is the identity and N_RES_LN and N_ENC are N_RES; the norm after the last layer is the M
+of that layer's N_ENC. This is an extension of this project.
 """
 
 from __future__ import annotations
@@ -111,7 +115,7 @@ def norms_residual(record: LayerRecord) -> Rows:
 
 
 def norms_residual_layernorm(record: LayerRecord) -> Rows:
-    r"""``N_RES_LN``: :math:`\|g^1_{ij}\|`, to the attention's LayerNorm.
+    r"""``N_RES_LN``: :math:`\|g^1_{ij}\|`, to the LayerNorm after the attention.
 
     :math:`g^1_{ij} = \gamma_1 \odot C(a_{ij} + \delta_{ij} x_i) / s^1_i`.
     """
@@ -155,7 +159,7 @@ def local_score(name: str) -> LocalScore:
 
 
 def _norms_through(record: LayerRecord, norms: int) -> Rows:
-    r""":math:`c_i \|M (a_{ij} + \delta_{ij} x_i)\|`, M of the first ``norms``."""
+    r""":math:`c_i \|M (a_{ij} + \delta_{ij} x_i)\|`, M of the norms that follow."""
     gram = _source_gram(record, norms)
 
     def rows(receivers: Receivers) -> Tensor:
@@ -222,9 +226,10 @@ def _own_vectors(
 
 def _scale(record: LayerRecord, receivers: Receivers, norms: int) -> Tensor:
     """1 / c_i: the product of the norms' standard deviations, (batch, receivers)."""
-    scale = take(torch.ones_like(record.scales[0]), receivers)
+    scale = take(torch.ones_like(record.attended, dtype=record.dtype), receivers)
     for deviation in record.scales[:norms]:
-        scale = scale * take(deviation, receivers)
+        if deviation is not None:
+            scale = scale * take(deviation, receivers)
     return scale
 
 

@@ -41,58 +41,68 @@ def tolerance(*dtypes: torch.dtype) -> float:
     return largest
 
 
+#: What must be recorded of a layer's parts, by the placement of its norms.
+POST_NORM_STEPS: tuple[str, ...] = (
+    "attention_norm.input",
+    "attention_norm.output",
+    "feed_forward.output",
+    "output_norm.input",
+    "output_norm.output",
+)
+PRE_NORM_STEPS: tuple[str, ...] = ("feed_forward_norm.input", "feed_forward.output")
+
+
 @dataclass(frozen=True)
 class LayerProjections:
     """What a layer computed, in one direction of the hidden space.
 
     Args:
         name (str): the layer's name in the model.
-        steps (Tensor): (batch, tokens, 7): the layer's input, input and output of its
-            attention norm, output of the feed-forward part, input and output of its
-            output norm, the layer's output.
-        mixed (Tensor): what attention adds to the layer's input, (batch, tokens).
-        through_norms (tuple[Tensor, Tensor]): the outputs of the two norms as their
-            inputs, scales and weights give them, (batch, tokens).
+        steps (dict[str, Tensor]): (batch, tokens) each: "hidden", the layer's input;
+            "mixed", what attention adds to it; "output"; the recorded steps above; and
+            for a norm after a residual "attention_norm.rebuilt", "output_norm.rebuilt",
+            its output as its input, scale and weights give it.
         tolerance (float): the largest relative deviation that rounding explains.
     """
 
     name: str
-    steps: Tensor
-    mixed: Tensor
-    through_norms: tuple[Tensor, Tensor]
+    steps: dict[str, Tensor]
     tolerance: float
 
 
 def project(
     name: str,
-    steps: Sequence[Tensor],
+    steps: dict[str, Tensor],
     context: Tensor,
-    scales: tuple[Tensor, Tensor],
+    scales: Sequence[Tensor | None],
     weights: LayerWeights,
 ) -> LayerProjections:
     """The projections of one layer.
 
     Args:
         name (str): the layer's name in the model.
-        steps (sequence of Tensor): the seven of :class:`LayerProjections`, each (batch,
-            tokens, hidden).
+        steps (dict[str, Tensor]): "hidden", "output" and the recorded steps, each
+            (batch, tokens, hidden).
         context (Tensor): the heads' outputs, (batch, tokens, heads × head size).
-        scales (tuple[Tensor, Tensor]): standard deviations in the two norms, (batch,
-            tokens).
+        scales (sequence of Tensor or None): standard deviations in the norm after each
+            residual, (batch, tokens).
         weights (LayerWeights): what the layer is decomposed with.
     """
     dtype = weights.probe.dtype
-    probe, first, second = weights.directions.unbind(-1)
-    bias, first_bias, second_bias = weights.offsets
+    projected = {
+        step: vectors.to(dtype) @ weights.probe for step, vectors in steps.items()
+    }
+    projected["mixed"] = (
+        context.to(dtype) @ weights.output_probe + weights.output_offset
+    )
+    for index, norm in enumerate(("attention_norm", "output_norm")):
+        before, scale = steps.get(f"{norm}.input"), scales[index]
+        if before is not None and scale is not None:
+            projected[f"{norm}.rebuilt"] = weights.normed(index, before, scale)
     return LayerProjections(
-        name=name,
-        steps=torch.stack([step.to(dtype) @ probe for step in steps], -1),
-        mixed=context.to(dtype) @ weights.output_probe + bias,
-        through_norms=(
-            steps[1].to(dtype) @ first / scales[0] + first_bias,
-            steps[4].to(dtype) @ second / scales[1] + second_bias,
-        ),
-        tolerance=tolerance(context.dtype, *(step.dtype for step in steps)),
+        name,
+        projected,
+        tolerance(context.dtype, *(step.dtype for step in steps.values())),
     )
 
 
@@ -106,21 +116,13 @@ def check_layers(layers: Sequence[LayerProjections], attended: Tensor) -> None:
     Raises:
         ReconstructionError: an identity does not hold.
     """
-    steps = torch.stack([layer.steps for layer in layers])
-    hidden, first, normed, fed, second, last, output = steps.unbind(-1)
-    mixed = torch.stack([layer.mixed for layer in layers])
+    steps = {
+        step: torch.stack([layer.steps[step] for layer in layers])
+        for step in layers[0].steps
+    }
+    hidden, output = steps["hidden"], steps["output"]
     identities = {
-        "the input of its attention norm": (first, hidden + mixed),
-        "the output of its attention norm": (
-            normed,
-            torch.stack([layer.through_norms[0] for layer in layers]),
-        ),
-        "the input of its output norm": (second, normed + fed),
-        "the output of its output norm": (
-            last,
-            torch.stack([layer.through_norms[1] for layer in layers]),
-        ),
-        "its output": (output, last),
+        **(_pre_norm if "feed_forward_norm.input" in steps else _post_norm)(steps),
         "its input from the layer below": (
             hidden,
             torch.cat([hidden[:1], output[:-1]]),
@@ -136,6 +138,73 @@ def check_layers(layers: Sequence[LayerProjections], attended: Tensor) -> None:
             attended,
             layer.tolerance,
         )
+
+
+def _post_norm(steps: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """The identities of a post-LN layer: part → (true, rebuilt)."""
+    return {
+        "the input of its attention norm": (
+            steps["attention_norm.input"],
+            steps["hidden"] + steps["mixed"],
+        ),
+        "the output of its attention norm": (
+            steps["attention_norm.output"],
+            steps["attention_norm.rebuilt"],
+        ),
+        "the input of its output norm": (
+            steps["output_norm.input"],
+            steps["attention_norm.output"] + steps["feed_forward.output"],
+        ),
+        "the output of its output norm": (
+            steps["output_norm.output"],
+            steps["output_norm.rebuilt"],
+        ),
+        "its output": (steps["output"], steps["output_norm.output"]),
+    }
+
+
+def _pre_norm(steps: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """The identities of a pre-LN layer: part → (true, rebuilt)."""
+    return {
+        "the input of its feed-forward norm": (
+            steps["feed_forward_norm.input"],
+            steps["hidden"] + steps["mixed"],
+        ),
+        "its output": (
+            steps["output"],
+            steps["feed_forward_norm.input"] + steps["feed_forward.output"],
+        ),
+    }
+
+
+def check_final_norm(
+    last: LayerProjections,
+    before: Tensor,
+    after: Tensor,
+    scale: Tensor,
+    weights: LayerWeights,
+    attended: Tensor,
+) -> None:
+    """Check the norm that follows the last layer of a pre-LN encoder.
+
+    Args:
+        last (LayerProjections): the last layer's.
+        before (Tensor): the norm's input, (batch, tokens, hidden).
+        after (Tensor): its output, likewise.
+        scale (Tensor): standard deviations in it, (batch, tokens).
+        weights (LayerWeights): of the last layer.
+        attended (Tensor): (batch, tokens), False at padding.
+
+    Raises:
+        ReconstructionError: the norm gets or gives something else.
+    """
+    dtype = weights.probe.dtype
+    true = torch.stack(
+        [before.to(dtype) @ weights.probe, after.to(dtype) @ weights.probe]
+    )
+    rebuilt = torch.stack([last.steps["output"], weights.normed(1, before, scale)])
+    parts = ["the input of the final norm", "the output of the final norm"]
+    check(last.name, parts, true, rebuilt, attended, last.tolerance)
 
 
 def check(

@@ -44,8 +44,9 @@ class LayerRecord:
             shape broadcasts to (batch, heads, receivers, sources).
         scaling (float): factor of the logits.
         hidden (Tensor): the layer's input :math:`x`, (batch, tokens, hidden).
-        scales (tuple[Tensor, ...]): of each norm after a residual, the true standard
-            deviations :math:`s_i`, (batch, tokens).
+        scales (tuple[Tensor or None, Tensor or None]): after the first and the second
+            residual, the true standard deviations :math:`s_i` in the norm that follows,
+            (batch, tokens); None where no norm does.
         value_probe (Tensor): a random projection of ``value``, (batch, tokens, heads).
         context_probe (Tensor): the same projection of the attention's output, likewise:
             what ``attention`` must reproduce from ``value_probe``.
@@ -60,7 +61,7 @@ class LayerRecord:
     mask: Tensor | None
     scaling: float
     hidden: Tensor
-    scales: tuple[Tensor, ...]
+    scales: tuple[Tensor | None, Tensor | None]
     value_probe: Tensor
     context_probe: Tensor
     weights: LayerWeights
@@ -120,7 +121,7 @@ class LayerRecord:
             value=self.value[chosen],
             mask=mask if mask is None or len(mask) == 1 else mask[chosen],
             hidden=self.hidden[chosen],
-            scales=tuple(scale[chosen] for scale in self.scales),
+            scales=(_cut(self.scales[0], chosen), _cut(self.scales[1], chosen)),
             value_probe=self.value_probe[chosen],
             context_probe=self.context_probe[chosen],
             attended=self.attended[chosen],
@@ -136,6 +137,10 @@ class LayerRecord:
         return mask.permute(0, 2, 3, 1)
 
 
+def _cut(values: Tensor | None, chosen: slice) -> Tensor | None:
+    return None if values is None else values[chosen]
+
+
 @dataclass(frozen=True)
 class EncoderRecord:
     """One run of an encoder.
@@ -143,10 +148,13 @@ class EncoderRecord:
     Args:
         layers (tuple[LayerRecord, ...]): bottom first.
         attended (Tensor): (batch, tokens), False at padding.
+        grid (tuple[int, int] or None): rows and columns of patches, which are the last
+            tokens, row by row; None where the input was no image.
     """
 
     layers: tuple[LayerRecord, ...]
     attended: Tensor
+    grid: tuple[int, int] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -18,7 +18,7 @@ def centre(vectors: Tensor) -> Tensor:
     return vectors - vectors.mean(-1, keepdim=True)
 
 
-def through_norms(vectors: Tensor, gammas: Sequence[Tensor]) -> Tensor:
+def through_norms(vectors: Tensor, gammas: Sequence[Tensor | None]) -> Tensor:
     r"""The linear part of consecutive LayerNorms, without their scales and biases.
 
     :math:`M v = \gamma_k \odot C(\dots \gamma_1 \odot C(v))`, :math:`C` the centring;
@@ -26,14 +26,15 @@ def through_norms(vectors: Tensor, gammas: Sequence[Tensor]) -> Tensor:
 
     Args:
         vectors (Tensor): any shape with the hidden size last.
-        gammas (sequence of Tensor): weights of the norms, each (hidden), first applied
-            first.
+        gammas (sequence of Tensor or None): weights of the norms, each (hidden), first
+            applied first; None where no norm is.
 
     Returns:
         *Tensor* of the shape of ``vectors``.
     """
     for gamma in gammas:
-        vectors = centre(vectors) * gamma
+        if gamma is not None:
+            vectors = centre(vectors) * gamma
     return vectors
 
 
@@ -42,22 +43,19 @@ class LayerWeights:
 
     Args:
         output (nn.Linear): :math:`W_O, b_O`, the linear map after the heads.
-        norms (sequence of nn.LayerNorm): the norms after the residuals, in order.
+        norms (sequence of nn.LayerNorm or None): the norm after each residual, in
+            order; None where there is none.
 
     Attributes:
         output (Tensor): :math:`W_O`, (hidden, heads × head size).
-        gammas (tuple[Tensor, ...]): weight of each norm, (hidden).
+        gammas (tuple[Tensor or None, ...]): weight of each norm, (hidden).
         probe (Tensor): a fixed random direction :math:`p`, (hidden); see
             :mod:`captum_globenc.reconstruction`.
         output_probe (Tensor): :math:`W_O^\top p`, (heads × head size).
-        directions (Tensor): :math:`p`, and for each norm :math:`C(\gamma \odot p)`, on
-            which a vector has the projection that :math:`\gamma \odot C(v)` has on
-            :math:`p`; (hidden, 1 + norms).
-        offsets (Tensor): :math:`\langle p, b_O \rangle` and, for each norm,
-            :math:`\langle p, \beta \rangle`; (1 + norms).
+        output_offset (Tensor): :math:`\langle p, b_O \rangle`, a scalar.
     """
 
-    def __init__(self, output: nn.Linear, norms: Sequence[nn.LayerNorm]) -> None:
+    def __init__(self, output: nn.Linear, norms: Sequence[nn.LayerNorm | None]) -> None:
         self._stamp = _stamp(output, norms)
         self._values = _fingerprint(output, norms)
         # Held so that no other tensor can take over the addresses in the stamp.
@@ -66,21 +64,28 @@ class LayerWeights:
         hidden = output.weight.new_ones(output.out_features, dtype=dtype)
         self.output = self._held.to(dtype)
         # Copies: the linear maps folded below must not change under their key.
-        self.gammas = tuple(_value(norm.weight, hidden).clone() for norm in norms)
+        self.gammas = tuple(
+            None if norm is None else _value(norm.weight, hidden).clone()
+            for norm in norms
+        )
         generator = torch.Generator().manual_seed(0)
         probe = torch.randn(hidden.shape, generator=generator, dtype=torch.float64)
         self.probe = probe.to(hidden)
         self.output_probe = self.output.T @ self.probe
-        turned = [centre(self.probe * gamma) for gamma in self.gammas]
-        self.directions = torch.stack([self.probe, *turned], -1)
-        biases = [output.bias, *(norm.bias for norm in norms)]
-        self.offsets = (
-            torch.stack([_value(bias, 0 * hidden) for bias in biases]) @ self.probe
-        )
+        self.output_offset = _value(output.bias, 0 * hidden) @ self.probe
+        # On C(γ ⊙ p) a vector has the projection that γ ⊙ C(v) has on p.
+        self._directions = [
+            None if gamma is None else centre(self.probe * gamma)
+            for gamma in self.gammas
+        ]
+        self._offsets = [
+            None if norm is None else _value(norm.bias, 0 * hidden) @ self.probe
+            for norm in norms
+        ]
         self._grams: dict[int, Tensor] = {}
 
     def gram(self, norms: int, heads: int) -> Tensor:
-        r""":math:`K = (M W_O)^\top M W_O`, with the first ``norms`` norms in M.
+        r""":math:`K = (M W_O)^\top M W_O`, with the norms of ``norms`` residuals in M.
 
         Two head values :math:`v, v'` of one token have
         :math:`\langle M W_O^h v, M W_O^{h'} v' \rangle = v^\top K^{hh'} v'`: the
@@ -88,7 +93,7 @@ class LayerWeights:
         of K is enough, so its blocks are folded onto the upper triangle.
 
         Args:
-            norms (int): how many of the norms follow.
+            norms (int): how many of the residuals, with their norms, follow.
             heads (int): the number of heads.
 
         Returns:
@@ -107,7 +112,25 @@ class LayerWeights:
             ).repeat_interleave(size, 1)
         return self._grams[norms]
 
-    def is_current(self, output: nn.Linear, norms: Sequence[nn.LayerNorm]) -> bool:
+    def normed(self, norm: int, vectors: Tensor, scale: Tensor) -> Tensor:
+        r"""The projection on :math:`p` of what a norm makes of its inputs.
+
+        Args:
+            norm (int): which of the norms.
+            vectors (Tensor): its inputs, (..., hidden).
+            scale (Tensor): their true standard deviations, (...).
+
+        Returns:
+            *Tensor* of shape (...).
+        """
+        direction, offset = self._directions[norm], self._offsets[norm]
+        assert direction is not None
+        assert offset is not None
+        return vectors.to(direction.dtype) @ direction / scale + offset
+
+    def is_current(
+        self, output: nn.Linear, norms: Sequence[nn.LayerNorm | None]
+    ) -> bool:
         """Whether the modules still hold the weights that this was made from.
 
         An edit through ``weight.data`` bumps no version, so values are compared, too.
@@ -125,7 +148,7 @@ class WeightCache:
         self._entries: dict[str, LayerWeights] = {}
 
     def get(
-        self, name: str, output: nn.Linear, norms: Sequence[nn.LayerNorm]
+        self, name: str, output: nn.Linear, norms: Sequence[nn.LayerNorm | None]
     ) -> LayerWeights:
         """The weights of the layer called ``name``."""
         entry = self._entries.get(name)
@@ -138,14 +161,17 @@ def _value(parameter: Tensor | None, default: Tensor) -> Tensor:
     return default if parameter is None else parameter.detach().to(default.dtype)
 
 
-def _parameters(output: nn.Linear, norms: Sequence[nn.LayerNorm]) -> list[Tensor]:
+def _parameters(
+    output: nn.Linear, norms: Sequence[nn.LayerNorm | None]
+) -> list[Tensor]:
     tensors = [output.weight, output.bias]
     for norm in norms:
-        tensors += [norm.weight, norm.bias]
+        if norm is not None:
+            tensors += [norm.weight, norm.bias]
     return [tensor for tensor in tensors if tensor is not None]
 
 
-def _stamp(output: nn.Linear, norms: Sequence[nn.LayerNorm]) -> Hashable:
+def _stamp(output: nn.Linear, norms: Sequence[nn.LayerNorm | None]) -> Hashable:
     """What changes when torch knows of an edit; inference tensors have no version."""
     return tuple(
         (t.data_ptr(), None if t.is_inference() else t._version, t.dtype, t.device)
@@ -153,7 +179,9 @@ def _stamp(output: nn.Linear, norms: Sequence[nn.LayerNorm]) -> Hashable:
     )
 
 
-def _fingerprint(output: nn.Linear, norms: Sequence[nn.LayerNorm]) -> list[Tensor]:
+def _fingerprint(
+    output: nn.Linear, norms: Sequence[nn.LayerNorm | None]
+) -> list[Tensor]:
     """The vectors among the parameters, and the matrix times a fixed vector."""
     weight, *vectors = (t.detach() for t in _parameters(output, norms))
     direction = torch.linspace(-1, 1, weight.shape[1], dtype=torch.float64).sin()

@@ -9,7 +9,7 @@ the model's own hidden states.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -38,18 +38,44 @@ DISTILBERT = {
 }
 
 
+VIT = {
+    "layers": "layers",
+    "before": "layernorm_before",
+    "query": "attention.q_proj",
+    "key": "attention.k_proj",
+    "value": "attention.v_proj",
+    "output": "attention.o_proj",
+    "middle": "layernorm_after",
+    "up": "mlp.fc1",
+    "down": "mlp.fc2",
+}
+VIT_OLD = {
+    "layers": "encoder.layer",
+    "before": "layernorm_before",
+    "query": "attention.attention.query",
+    "key": "attention.attention.key",
+    "value": "attention.attention.value",
+    "output": "attention.output.dense",
+    "middle": "layernorm_after",
+    "up": "intermediate.dense",
+    "down": "output.dense",
+}
+
+
 @dataclass
 class Layer:
-    """The quantities of section 'one post-LN encoder layer', one example."""
+    """The quantities of one encoder layer, one example.
+
+    Norms: after the first and after the second residual, their weight and standard
+    deviations (tokens); None where none follows.
+    """
 
     x: Tensor  # (tokens, hidden), the input
     alpha: Tensor  # (heads, tokens, tokens)
     a: Tensor  # (receivers, sources, hidden), a_ij
-    y: Tensor  # (tokens, hidden), true input of LN1
-    s1: Tensor  # (tokens)
-    s2: Tensor  # (tokens)
-    gamma1: Tensor
-    gamma2: Tensor
+    y: Tensor  # (tokens, hidden), after the first residual
+    norm1: tuple[Tensor, Tensor] | None
+    norm2: tuple[Tensor, Tensor] | None
     output: Tensor  # (tokens, hidden)
 
 
@@ -71,9 +97,8 @@ def linear(x: Tensor, module: nn.Linear) -> Tensor:
 
 
 @torch.no_grad()
-def run_layer(x: Tensor, layer: nn.Module, paths: dict[str, str], heads: int) -> Layer:
-    """One layer on one example, (tokens, hidden), every f^h(x_j) on its own."""
-    part = {n: layer.get_submodule(p) for n, p in paths.items() if n != "layers"}
+def attend(x: Tensor, part: dict[str, nn.Module], heads: int) -> tuple[Tensor, Tensor]:
+    """α (heads, receivers, sources) and a_ij, every f^h(x_j) on its own."""
     tokens, hidden = x.shape
     size = part["query"].out_features // heads
     query, key, value = (linear(x, part[n]) for n in ("query", "key", "value"))
@@ -92,21 +117,39 @@ def run_layer(x: Tensor, layer: nn.Module, paths: dict[str, str], heads: int) ->
             transformed = output_weight[:, own] @ value[j, own]  # f^h(x_j)
             for i in range(tokens):
                 a[i, j] += alpha[h, i, j] * transformed
+    return alpha, a
+
+
+@torch.no_grad()
+def run_layer(x: Tensor, layer: nn.Module, paths: dict[str, str], heads: int) -> Layer:
+    """One layer on one example, (tokens, hidden)."""
+    part = {n: layer.get_submodule(p) for n, p in paths.items() if n != "layers"}
+    if "before" in part:
+        return run_pre_norm_layer(x, part, heads)
+    alpha, a = attend(x, part, heads)
     y = x + a.sum(1) + part["output"].bias.double()
     z, s1 = layer_norm(y, part["norm1"])
     o = z + linear(gelu(linear(z, part["up"])), part["down"])
     output, s2 = layer_norm(o, part["norm2"])
-    return Layer(
-        x=x,
-        alpha=alpha,
-        a=a,
-        y=y,
-        s1=s1,
-        s2=s2,
-        gamma1=part["norm1"].weight.double(),
-        gamma2=part["norm2"].weight.double(),
-        output=output,
-    )
+    norm1 = part["norm1"].weight.double(), s1
+    norm2 = part["norm2"].weight.double(), s2
+    return Layer(x, alpha, a, y, norm1, norm2, output)
+
+
+@torch.no_grad()
+def run_pre_norm_layer(x: Tensor, part: dict[str, nn.Module], heads: int) -> Layer:
+    """x' = x + attention(LN(x)), x'' = x' + FFN(LN(x'))."""
+    alpha, a = attend(layer_norm(x, part["before"])[0], part, heads)
+    y = x + a.sum(1) + part["output"].bias.double()
+    z, _ = layer_norm(y, part["middle"])
+    output = y + linear(gelu(linear(z, part["up"])), part["down"])
+    return Layer(x, alpha, a, y, None, None, output)
+
+
+def with_final_norm(last: Layer, norm: nn.LayerNorm) -> Layer:
+    """The last pre-LN layer, with the norm that follows it."""
+    output, deviation = layer_norm(last.output, norm)
+    return replace(last, norm2=(norm.weight.double(), deviation), output=output)
 
 
 def centre(v: Tensor) -> Tensor:
@@ -122,8 +165,14 @@ def vectors(layer: Layer) -> dict[str, Tensor]:
     for i in range(tokens):
         residual[i, i] += layer.x[i]
         for j in range(tokens):
-            g1[i, j] = layer.gamma1 * centre(residual[i, j]) / layer.s1[i]
-            g2[i, j] = layer.gamma2 * centre(g1[i, j]) / layer.s2[i]
+            g1[i, j] = residual[i, j]
+            if layer.norm1 is not None:
+                gamma, deviation = layer.norm1
+                g1[i, j] = gamma * centre(g1[i, j]) / deviation[i]
+            g2[i, j] = g1[i, j]
+            if layer.norm2 is not None:
+                gamma, deviation = layer.norm2
+                g2[i, j] = gamma * centre(g2[i, j]) / deviation[i]
     return {"N": plain, "N_RES": residual, "N_RES_LN": g1, "N_ENC": g2}
 
 
@@ -166,7 +215,12 @@ def run_encoder(encoder: nn.Module, paths: dict[str, str], ids: Tensor) -> list[
     x = encoder.embeddings(input_ids=ids[None])
     if hasattr(encoder, "embeddings_project"):
         x = encoder.embeddings_project(x)
-    x = x[0].double()
+    return run_layers(encoder, paths, x[0].double())
+
+
+@torch.no_grad()
+def run_layers(encoder: nn.Module, paths: dict[str, str], x: Tensor) -> list[Layer]:
+    """All layers on the embedded tokens of one example, (tokens, hidden)."""
     layers = []
     for module in encoder.get_submodule(paths["layers"]):
         layers.append(run_layer(x, module, paths, encoder.config.num_attention_heads))

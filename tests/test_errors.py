@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers as t
@@ -420,13 +422,9 @@ def test_swapped_norms_in_a_registration(monkeypatch, model) -> None:
     """A wrong map never gives numbers."""
     table = dict(_TABLE)
     monkeypatch.setattr("captum_globenc.architectures._TABLE", table)
-    right = table["bert"]
-    wrong = Architecture(
-        **{
-            **vars(right),
-            "attention_norm": right.output_norm,
-            "output_norm": right.attention_norm,
-        }
+    (right,) = table["bert"]
+    wrong = replace(
+        right, attention_norm=right.output_norm, output_norm=right.attention_norm
     )
     register_architecture("bert", wrong)
     with pytest.raises(ReconstructionError):

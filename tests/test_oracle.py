@@ -78,7 +78,9 @@ def test_the_vectors_rebuild_the_true_input_of_the_first_norm(family: str) -> No
     assert encoder is not None
     seen: list[torch.Tensor] = []
     hooks = [
-        layer.attention_norm.register_forward_hook(lambda _, a, __: seen.append(a[0]))
+        layer.watched["attention_norm"].register_forward_hook(
+            lambda _, a, __: seen.append(a[0])
+        )
         for layer in encoder.layers
     ]
     with torch.no_grad():

@@ -33,10 +33,11 @@ def as_tensors(inputs: object) -> tuple[Tensor, ...]:
     if not tensors:
         raise InputError("inputs must hold at least one tensor, got ().")
     first = tensors[0]
-    if first.ndim not in (2, 3):
+    if first.ndim not in (2, 3, 4):
         raise InputError(
-            "inputs must be ids (batch, tokens) or embeddings (batch, tokens, hidden), "
-            f"got shape {tuple(first.shape)}."
+            "inputs must be ids (batch, tokens), embeddings (batch, tokens, hidden) or "
+            "images (batch, channels, height, width), got shape "
+            f"{tuple(first.shape)}."
         )
     if first.numel() == 0:
         raise InputError(
@@ -87,14 +88,26 @@ def output_tensor(output: Any) -> Tensor:
     )
 
 
-def token_shape(tokens: Tensor) -> tuple[int, int]:
-    """(batch, tokens) of ids or embeddings as an encoder sees them.
+def check_seen(inputs: Tensor, run: EncoderRecord) -> None:
+    """Raise where the encoder did not see the inputs as its tokens or its images.
 
     Multiple-choice models fold ids of (batch, choices, tokens) into one batch.
     """
-    if tokens.is_floating_point():
-        return tokens.shape[0], tokens.shape[1]
-    return tokens.shape[:-1].numel(), tokens.shape[-1]
+    if inputs.is_floating_point() and inputs.ndim == 4:
+        fits = run.grid is not None and run.shape[0] == len(inputs)
+    elif inputs.is_floating_point():
+        fits = run.grid is None and run.shape == inputs.shape[:2]
+    else:
+        fits = run.shape == (inputs.shape[:-1].numel(), inputs.shape[-1])
+    if not fits:
+        seen = f"(batch, tokens) = {run.shape}"
+        if run.grid is not None:
+            seen += f", an image of {run.grid[0]} by {run.grid[1]} patches each"
+        raise InputError(
+            f"inputs have shape {tuple(inputs.shape)} and the encoder saw {seen}; "
+            "inputs must be its ids (batch, tokens), embeddings (batch, tokens, "
+            "hidden) or images (batch, channels, height, width)."
+        )
 
 
 def token_of_target(captured: Captured[Any], target: TargetType) -> TokenIndex:

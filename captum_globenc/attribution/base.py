@@ -14,13 +14,13 @@ from captum_globenc.aggregation import Scaled, sweep
 from captum_globenc.architectures import Encoder, find_encoder, unsupported
 from captum_globenc.attribution.arguments import (
     TokenIndex,
+    check_seen,
     output_tensor,
     start_of,
     token_of_target,
-    token_shape,
 )
 from captum_globenc.capture import Captured, record
-from captum_globenc.errors import InputError, NonFiniteActivationError
+from captum_globenc.errors import NonFiniteActivationError
 from captum_globenc.local import local_score
 from captum_globenc.weights import WeightCache
 
@@ -75,13 +75,7 @@ class EncoderAttribution(Attribution):
             self._find_encoder(),
             self._weights,
         )
-        first = tensors[0]
-        if captured.run.shape != token_shape(first):
-            raise InputError(
-                f"inputs have shape {tuple(first.shape)} and the encoder saw "
-                f"(batch, tokens) = {captured.run.shape}; inputs must be its tokens: "
-                "ids (batch, tokens) or embeddings (batch, tokens, hidden)."
-            )
+        check_seen(tensors[0], captured.run)
         return captured
 
     def _sweep(

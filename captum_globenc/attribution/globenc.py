@@ -15,7 +15,7 @@ from captum_globenc._captum import (
     format_output,
     is_tuple,
 )
-from captum_globenc.adapters import spread_over_embedding
+from captum_globenc.adapters import shaped_like
 from captum_globenc.aggregation import Decomposition, blocks
 from captum_globenc.attribution.arguments import (
     TokenIndex,
@@ -87,11 +87,12 @@ class GlobEnc(EncoderAttribution):
         r"""Score every input token.
 
         Args:
-            inputs (Tensor or tuple[Tensor, ...]): input ids, (batch, tokens), or
-                embeddings, (batch, tokens, hidden); for multiple choice ids of shape
-                (batch, choices, tokens), every choice explained by itself. In a tuple
-                the first tensor is that; the others (token types, positions, ...) are
-                passed on and get zeros of their shape.
+            inputs (Tensor or tuple[Tensor, ...]): input ids, (batch, tokens);
+                embeddings, (batch, tokens, hidden); images, (batch, channels, height,
+                width); or for multiple choice ids of shape (batch, choices, tokens),
+                every choice explained by itself. In a tuple the first tensor is that;
+                the others (token types, positions, ...) are passed on and get zeros of
+                their shape.
             target (int, tuple, Tensor, or list, optional): as for Captum's methods. It
                 must be valid for the output and does not change the scores, but for an
                 output per token, (batch, tokens, classes) or the start and end logits
@@ -112,7 +113,9 @@ class GlobEnc(EncoderAttribution):
             - for ids, token scores in the dtype of the forward output, at least 0, and
               exactly 0 at padding;
             - for embeddings, (batch, tokens, hidden), whose sum over the last dimension
-              is the token score.
+              is the token score;
+            - for images, the score of each patch spread over its pixels and channels.
+              The special tokens' share is in none.
 
             Scores too large for the dtype are scaled per example; ratios are kept.
 
@@ -141,13 +144,8 @@ class GlobEnc(EncoderAttribution):
                     share(token_index, chosen, batch),
                 )
             )
-        scores = torch.cat(parts)
-        first, *others = tensors
-        if first.is_floating_point():
-            scores = spread_over_embedding(scores, first)
-        else:
-            scores = scores.view(first.shape)
-        result = (scores, *(torch.zeros_like(other) for other in others))
+        zeros = [torch.zeros_like(other) for other in tensors[1:]]
+        result = (torch.cat(parts), *zeros)
         return cast(
             TensorOrTupleOfTensorsGeneric, format_output(is_tuple(inputs), result)
         )
@@ -194,7 +192,7 @@ class GlobEnc(EncoderAttribution):
         arguments: tuple[Any, ...],
         token_index: TokenIndex,
     ) -> Tensor:
-        """Scores of one internal batch, (batch, tokens)."""
+        """Scores of one internal batch, in the shape of its first tensor."""
         with torch.no_grad():
             rows, captured = self._sweep(tensors, target, arguments, token_index)
             first = tensors[0]
@@ -203,4 +201,5 @@ class GlobEnc(EncoderAttribution):
                 dtype = first.dtype
             elif not dtype.is_floating_point:
                 dtype = rows[-1].values.dtype
-            return self._scores(rows[-1], dtype).to(first.device)
+            scores = self._scores(rows[-1], dtype).to(first.device)
+            return shaped_like(scores, first, captured.run.grid)

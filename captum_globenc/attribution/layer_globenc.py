@@ -16,7 +16,7 @@ from captum_globenc._captum import (
     TensorOrTupleOfTensorsGeneric,
     format_additional_forward_args,
 )
-from captum_globenc.adapters import spread_over_embedding
+from captum_globenc.adapters import shaped_like
 from captum_globenc.architectures import Encoder
 from captum_globenc.attribution.arguments import (
     TokenIndex,
@@ -113,8 +113,9 @@ class LayerGlobEnc(EncoderAttribution, LayerAttribution):
         Returns:
             *Tensor* or, for a list of layers, *list[Tensor]* of **attributions**: for
             hidden states (batch, tokens, hidden), equal over hidden, whose sum over it
-            is the score of the token at that layer; for a layer input that is ids,
-            (batch, tokens). Scores too large for the dtype are scaled per example.
+            is the score of the token at that layer; for a layer input that is ids or an
+            image, its shape, as in :meth:`captum_globenc.GlobEnc.attribute`. Scores too
+            large for the dtype are scaled per example.
 
         Raises:
             InputError: a layer that is not part of the encoder, or that did not run;
@@ -139,9 +140,7 @@ class LayerGlobEnc(EncoderAttribution, LayerAttribution):
                 if not dtype.is_floating_point:
                     dtype = captured.run.layers[0].hidden.dtype
                 scores = self._scores(rows[depth], dtype).to(hidden.device)
-                if hidden.is_floating_point():
-                    scores = spread_over_embedding(scores, hidden)
-                attributions.append(scores)
+                attributions.append(shaped_like(scores, hidden, captured.run.grid))
         return attributions if isinstance(self.layer, list) else attributions[0]
 
 
