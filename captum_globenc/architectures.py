@@ -11,6 +11,7 @@ import difflib
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from captum.attr import InterpretableEmbeddingBase
 from torch import nn
 
 from captum_globenc.errors import UnsupportedModelError
@@ -377,12 +378,15 @@ def _resolve(
                 watched=watched,
             )
         )
+    embeddings = part("embeddings", nn.Module)
+    # Captum's stand-in hands on what it is given: it looks up no id and no position.
+    stands_in = isinstance(embeddings, InterpretableEmbeddingBase)
     return Encoder(
         root=root,
         module=module,
         is_pre_norm=architecture.is_pre_norm,
-        embeddings=part("embeddings", nn.Module),
-        positions=optional("positions", nn.Embedding),
+        embeddings=embeddings,
+        positions=None if stands_in else optional("positions", nn.Embedding),
         patches=optional("patches", nn.Conv2d),
         layers=tuple(layers),
         final_norm=final_norm,

@@ -142,10 +142,10 @@ def explain(
     ids = torch.tensor([encoding["input_ids"]], device=model.device)
     _check_vocabulary(ids, model)
     mask = torch.ones_like(ids)
-    with _evaluating(model):
-        outputs = _class_scores(model, ids, mask)
+    with evaluating(model):
+        outputs = class_scores(model, input_ids=ids, attention_mask=mask)
         predicted = max(outputs, key=lambda output: output.logit)
-        explained = predicted if target is None else _find_target(target, outputs)
+        explained = predicted if target is None else find_class(target, outputs)
         scores = tuple(
             _timed(name, method, model, ids, mask, explained.index, tokenizer)
             for name, method in chosen.items()
@@ -211,7 +211,7 @@ def _check_vocabulary(ids: Tensor, model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """No dropout inside; every module's mode is put back."""
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -222,12 +222,19 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
             module.training = True
 
 
-def _class_scores(
-    model: PreTrainedModel, ids: Tensor, mask: Tensor
-) -> list[ClassScore]:
-    """The model's outputs for the sentence, one per class."""
+def class_scores(model: PreTrainedModel, **inputs: Tensor) -> list[ClassScore]:
+    """The model's outputs for one sentence, one per class.
+
+    Args:
+        model (PreTrainedModel): a sequence classifier.
+        **inputs (Tensor): its inputs, (1, tokens) each.
+
+    Raises:
+        InputError: the model is no sequence classifier.
+        NonFiniteActivationError: NaN or infinity in the outputs.
+    """
     with torch.no_grad():
-        output = model(input_ids=ids, attention_mask=mask)
+        output = model(**inputs)
     logits = getattr(output, "logits", None)
     if logits is None or logits.ndim != 2:
         raise InputError(
@@ -258,8 +265,12 @@ def _probabilities(logits: Tensor, problem_type: str | None) -> list[Any]:
     return logits.softmax(0).tolist()
 
 
-def _find_target(target: object, outputs: list[ClassScore]) -> ClassScore:
-    """The class that is meant: a label before an index, for labels such as ``"1"``."""
+def find_class(target: object, outputs: list[ClassScore]) -> ClassScore:
+    """The class that is meant: a label before an index, for labels such as ``"1"``.
+
+    Raises:
+        InputError: there is none of that name or index.
+    """
     labels = [output.label for output in outputs]
     folded = [label.casefold() for label in labels]
     if target in labels:
@@ -303,18 +314,24 @@ def _timed(
 def _readable_tokens(
     tokenizer: PreTrainedTokenizerBase, encoding: BatchEncoding, text: str
 ) -> tuple[str, ...]:
-    """The tokens as text: ``film`` for ``Ġfilm``, a character for each of its bytes."""
+    """The tokens as text; what the vocabulary does not hold is taken from ``text``."""
     tokens = tokenizer.convert_ids_to_tokens(encoding["input_ids"])
     readable = []
     for position, token in enumerate(tokens):
-        shown = tokenizer.convert_tokens_to_string([token]).strip()
+        shown = readable_token(tokenizer, token)
         unknown = encoding["input_ids"][position] == tokenizer.unk_token_id
         if encoding.is_fast and (unknown or "\N{REPLACEMENT CHARACTER}" in shown):
             # Not in the vocabulary, or a byte of a longer character: from the text.
             span = encoding.token_to_chars(0, position)
-            shown = text[span.start : span.end] if span else shown
-        readable.append(shown.strip() or "\N{OPEN BOX}")
+            found = text[span.start : span.end].strip() if span else ""
+            shown = found or shown
+        readable.append(shown)
     return tuple(readable)
+
+
+def readable_token(tokenizer: PreTrainedTokenizerBase, token: str) -> str:
+    """A token as text: ``film`` for ``Ġfilm``, a sign for white space."""
+    return tokenizer.convert_tokens_to_string([token]).strip() or "\N{OPEN BOX}"
 
 
 def _model_name(model: PreTrainedModel) -> str:

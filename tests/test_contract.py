@@ -9,11 +9,14 @@ import pytest
 import torch
 import transformers as t
 from captum.attr import Attribution, InputXGradient, Saliency
-from captum.testing.attr.helpers.gen_test_utils import parse_test_config
+from captum.testing.attr.helpers.gen_test_utils import (
+    get_target_layer,
+    parse_test_config,
+)
 from captum.testing.attr.helpers.test_config import config as captum_config
 from torch import nn
 
-from captum_globenc import GlobEnc
+from captum_globenc import GlobEnc, LayerGlobEnc
 from tests.conftest import left_behind
 from tests.models import build, padded, sentence
 
@@ -63,17 +66,37 @@ CONFIG = [
 ]
 
 
+EMBEDDINGS = "model.bert.embeddings"
+LAYERS = ["model.bert.encoder.layer.0", "model.bert.encoder.layer.2"]
+LAYER_CONFIG = [
+    {
+        **entry,
+        "name": f"layer_{entry['name']}_{layer}",
+        "algorithms": [LayerGlobEnc],
+        "layer": layer,
+    }
+    for entry in CONFIG
+    for layer in (EMBEDDINGS, EMBEDDINGS + ".word_embeddings", *LAYERS, LAYERS)
+]
+CONFIG += LAYER_CONFIG
+
+
 def configured(entry: dict) -> tuple[Attribution, nn.Module, dict]:
-    algorithms, model, args, *_ = parse_test_config(entry)
-    return algorithms[0](model), model, args
+    algorithms, model, args, layer, *_ = parse_test_config(entry)
+    if layer is None:
+        return algorithms[0](model), model, args
+    return algorithms[0](model, get_target_layer(model, layer)), model, args
 
 
 def test_the_entries_have_the_form_of_captums() -> None:
-    captums = captum_config[0]
+    of_a_layer = next(e for e in captum_config if isinstance(e.get("layer"), str))
     for entry in CONFIG:
+        captums = of_a_layer if "layer" in entry else captum_config[0]
         for key, value in captums.items():
-            assert isinstance(entry[key], type(value) if key != "model" else nn.Module)
-        assert captums["attribute_args"].keys() <= entry["attribute_args"].keys()
+            if key not in ("model", "layer", "attribute_args"):
+                assert isinstance(entry[key], type(value))
+        assert isinstance(entry["model"], nn.Module)
+        assert {"inputs", "target"} <= entry["attribute_args"].keys()
 
 
 @pytest.mark.parametrize("entry", CONFIG, ids=lambda entry: entry["name"])
@@ -90,7 +113,11 @@ def test_targets(entry: dict) -> None:
         if isinstance(single, torch.Tensor):
             single = single.item()
         alone = method.attribute(IDS[row : row + 1], single, (MASK[row : row + 1],))
-        torch.testing.assert_close(attributions[row], alone[0], **EXACT)
+        if isinstance(attributions, torch.Tensor):
+            torch.testing.assert_close(attributions[row], alone[0], **EXACT)
+        else:
+            for part, own in zip(attributions, alone, strict=True):
+                torch.testing.assert_close(part[row], own[0], **EXACT)
 
 
 @pytest.mark.parametrize("entry", CONFIG, ids=lambda entry: entry["name"])

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers as t
-from captum.attr import LayerAttribution, LayerIntegratedGradients
+from captum.attr import (
+    IntegratedGradients,
+    LayerAttribution,
+    LayerConductance,
+    LayerIntegratedGradients,
+    configure_interpretable_embedding_layer,
+    remove_interpretable_embedding_layer,
+)
 from torch import nn
 
 from captum_globenc import GlobEnc, InputError, LayerGlobEnc
@@ -142,6 +149,89 @@ def test_captums_question_answering_tutorial() -> None:
     for attributions in several:
         torch.testing.assert_close(attributions.sum(-1), expected, **EXACT)
     assert not left_behind(model)
+
+
+def test_captums_second_tutorial() -> None:
+    """Layer by layer on embeddings, as Captum's part 2 does with LayerConductance."""
+    model = build("bert", head=t.BertForQuestionAnswering)
+    embeddings = model.bert.embeddings(input_ids=IDS).detach()
+    reference = model.bert.embeddings(input_ids=torch.ones_like(IDS)).detach()
+
+    def squad_pos_forward_func2(input_emb, attention_mask=None, position=0):
+        pred = model(inputs_embeds=input_emb, attention_mask=attention_mask)
+        pred = (pred.start_logits, pred.end_logits)[position]
+        return pred.max(1).values
+
+    for index, layer in enumerate(model.bert.encoder.layer):
+        for position in (0, 1):
+            found = LayerGlobEnc(squad_pos_forward_func2, layer).attribute(
+                inputs=embeddings, additional_forward_args=(MASK, position)
+            )
+            local = GlobEnc(squad_pos_forward_func2).decompose(embeddings, (MASK,))
+            expected = above(local.local, index + 1)[:, 0]
+            torch.testing.assert_close(found.sum(-1), expected, **EXACT)
+        captums = LayerConductance(squad_pos_forward_func2, layer).attribute(
+            embeddings,
+            baselines=reference,
+            additional_forward_args=(MASK, 0),
+            n_steps=2,
+        )
+        assert captums.shape == found.shape
+    assert not left_behind(model)
+
+
+def test_layer_inputs_where_captum_breaks() -> None:
+    """Embeddings are called with keywords, which Captum's layer methods do not see."""
+    model = build("bert", head=t.BertForQuestionAnswering)
+
+    def forward(ids, mask):
+        return model(ids, attention_mask=mask).start_logits.max(1).values
+
+    embeddings = model.bert.embeddings
+    with pytest.raises(IndexError):
+        LayerIntegratedGradients(forward, embeddings).attribute(
+            IDS,
+            additional_forward_args=(MASK,),
+            attribute_to_layer_input=True,
+            n_steps=2,
+        )
+    expected = GlobEnc(forward).attribute(IDS, None, (MASK,))
+    found = LayerGlobEnc(forward, embeddings).attribute(
+        IDS, None, (MASK,), attribute_to_layer_input=True
+    )
+    torch.testing.assert_close(found, expected, **EXACT)
+    hidden = LayerGlobEnc(forward, model.bert.encoder.layer[0]).attribute(
+        IDS, None, (MASK,), attribute_to_layer_input=True
+    )
+    torch.testing.assert_close(hidden.sum(-1), expected, **EXACT)
+
+
+@pytest.mark.filterwarnings("ignore:In order to make embedding layers")
+@pytest.mark.parametrize("path", ["bert.embeddings", "bert.embeddings.word_embeddings"])
+def test_captums_interpretable_embeddings(path: str) -> None:
+    model = build("bert")
+    expected = GlobEnc(model).attribute(IDS, 1, (MASK,))
+    layer = configure_interpretable_embedding_layer(model, path)
+    embedded = layer.indices_to_embeddings(IDS).detach()
+
+    def forward(embeddings, mask):
+        if path.endswith("word_embeddings"):
+            return model(inputs_embeds=embeddings, attention_mask=mask).logits
+        return model(embeddings, attention_mask=mask).logits
+
+    found = GlobEnc(forward).attribute(embedded, 1, (MASK,))
+    assert (
+        IntegratedGradients(forward)
+        .attribute(embedded, target=1, additional_forward_args=(MASK,), n_steps=2)
+        .shape
+        == found.shape
+        == embedded.shape
+    )
+    torch.testing.assert_close(found.sum(-1), expected, **EXACT)
+    remove_interpretable_embedding_layer(model, layer)
+    torch.testing.assert_close(
+        GlobEnc(model).attribute(IDS, 1, (MASK,)), expected, **EXACT
+    )
 
 
 def test_question_answering_explains_the_token_of_the_target() -> None:

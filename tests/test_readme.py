@@ -20,7 +20,7 @@ def code(page: str) -> list[str]:
 def test_readme(capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, object] = {}
     blocks = code("README.md")
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         exec(block, names)
     scores = names["scores"]
