@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import operator
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -266,16 +267,18 @@ def _probabilities(logits: Tensor, problem_type: str | None) -> list[Any]:
 
 
 def find_class(target: object, outputs: list[ClassScore]) -> ClassScore:
-    """The class that is meant: a label before an index, for labels such as ``"1"``.
+    """The class that is meant: an index, or the name of a label or of an index.
 
     Raises:
         InputError: there is none of that name or index.
     """
+    if not isinstance(target, str):
+        return outputs[_index_of(target, len(outputs))]
     labels = [output.label for output in outputs]
     folded = [label.casefold() for label in labels]
     if target in labels:
-        return outputs[labels.index(str(target))]
-    name = str(target)
+        return outputs[labels.index(target)]
+    name = target
     if folded.count(name.casefold()) == 1:
         return outputs[folded.index(name.casefold())]
     known = ", ".join(f"{o.index} {o.label}" for o in outputs[:_MOST_LABELS_SHOWN])
@@ -293,6 +296,20 @@ def find_class(target: object, outputs: list[ClassScore]) -> ClassScore:
     return outputs[index]
 
 
+def _index_of(target: Any, classes: int) -> int:
+    """As Captum counts: from the end where negative; tensors of one integer, too."""
+    try:
+        index = operator.index(target)
+    except TypeError:
+        raise InputError(
+            f"target must be a label or an index, got {type(target).__name__}: "
+            f"{target!r}."
+        ) from None
+    if not -classes <= index < classes:
+        raise InputError(f"target {index} is outside the model's {classes} labels.")
+    return index % classes
+
+
 def _timed(
     name: str,
     method: Method,
@@ -303,8 +320,9 @@ def _timed(
     tokenizer: PreTrainedTokenizerBase,
 ) -> MethodScores:
     start = time.perf_counter()
+    scorer = method.build(model, tokenizer)
     # tolist also waits for an accelerator, so it belongs inside.
-    scores = method(model, ids, mask, target, tokenizer).tolist()
+    scores = scorer(ids, mask, torch.tensor([target], device=ids.device))[0].tolist()
     seconds = time.perf_counter() - start
     if not all(map(math.isfinite, scores)):
         raise NonFiniteActivationError(f"{name} gives NaN or infinity for this text.")

@@ -1,114 +1,118 @@
-"""The methods that can be compared on one sentence: one table, name → function.
+"""Attribution methods that can be compared, each reduced to one score per token.
 
-Every function takes ``(model, input_ids, attention_mask, target, tokenizer)`` with ids
-and mask of shape (1, tokens) and returns scores of shape (tokens,). The model is a
-sequence classifier in evaluation mode.
+A scorer is a function ``(input_ids, attention_mask, target) → scores``: ids, mask and
+scores are (batch, tokens), and ``target`` is a LongTensor (batch). For pairs of
+sentences it gets ``token_type_ids`` as a fourth argument. Scores of padding are 0, and
+so are those of the tokens that a baseline does not change ([CLS] and [SEP]) where a
+method has one. Those that draw random numbers draw the same ones for the same text.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
-from functools import partial
+import inspect
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
-from captum.attr import InputXGradient, IntegratedGradients, Saliency
-from torch import Tensor
+from captum.attr import (
+    Attribution,
+    DeepLift,
+    FeatureAblation,
+    GradientAttribution,
+    GradientShap,
+    InputXGradient,
+    IntegratedGradients,
+    KernelShap,
+    LayerAttribution,
+    Occlusion,
+    Saliency,
+)
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from captum_globenc.attribution.globenc import GlobEnc
 from captum_globenc.errors import InputError
-from captum_globenc.local import local_score
+from captum_globenc.local import LOCAL_SCORES, local_score
 
-Method = Callable[
-    [PreTrainedModel, Tensor, Tensor, int, PreTrainedTokenizerBase], Tensor
-]
+Scorer = Callable[..., Tensor]
 
 _STEPS = 50
 _STEPS_AT_ONCE = 25
+_SHAP_BASELINES = 5
+_SHAP_SAMPLES = 200
+_SHAP_SAMPLES_AT_ONCE = 50
+_WINDOW = 3
 
 
-def globenc(
-    model: PreTrainedModel,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    target: int,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    local: str = "N_ENC",
-) -> Tensor:
-    """GlobEnc: how much of each token reaches [CLS]; at least 0, for any target."""
-    scores: Tensor = GlobEnc(model, local=local).attribute(
-        input_ids, target=target, additional_forward_args=(attention_mask,)
-    )
-    return scores[0]
+@dataclass(frozen=True)
+class Method:
+    """A method by its name.
 
-
-def integrated_gradients(
-    model: PreTrainedModel,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    target: int,
-    tokenizer: PreTrainedTokenizerBase,
-) -> Tensor:
-    """Integrated gradients of the word embeddings: their sum over hidden, signed.
-
-    50 steps from a baseline in which every token but [CLS] and [SEP] is the pad token.
+    Args:
+        build (Callable): ``(model, tokenizer) → Scorer``, for a sequence classifier in
+            evaluation mode.
+        reduction (str): what is computed and how it becomes one score per token.
     """
-    embed = model.get_input_embeddings()
-    attributions: Tensor = IntegratedGradients(_logits_of(model)).attribute(
-        embed(input_ids).detach(),
-        baselines=embed(_blank(input_ids, tokenizer)).detach(),
-        target=target,
-        additional_forward_args=(attention_mask,),
-        n_steps=_STEPS,
-        internal_batch_size=_STEPS_AT_ONCE,
-    )
-    return attributions.sum(-1)[0]
+
+    build: Callable[[PreTrainedModel, PreTrainedTokenizerBase], Scorer]
+    reduction: str
 
 
-def saliency(
+def scorer_of(
+    method: Attribution | Scorer,
     model: PreTrainedModel,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    target: int,
     tokenizer: PreTrainedTokenizerBase,
-) -> Tensor:
-    """Gradients of the word embeddings: sum of their absolute values over hidden."""
-    gradients: Tensor = Saliency(_logits_of(model)).attribute(
-        _embeddings(model, input_ids),
-        target=target,
-        additional_forward_args=(attention_mask,),
-    )
-    return gradients.sum(-1)[0]
+) -> Scorer:
+    """A scorer from a Captum method, or from a function that is one already.
 
+    Args:
+        method (Attribution or Callable): anything with Captum's ``attribute``, whose
+            ``forward_func`` takes the attention mask as its second argument; or a
+            scorer. Gradient methods that are no layer methods get the word embeddings
+            as inputs, all others the ids. Where ``attribute`` takes ``baselines``, they
+            are the same with every token but [CLS] and [SEP] replaced by the pad token.
+            What comes back with a hidden dimension is summed over it.
+        model (PreTrainedModel): gives the word embeddings.
+        tokenizer (PreTrainedTokenizerBase): gives the special tokens.
 
-def input_x_gradient(
-    model: PreTrainedModel,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    target: int,
-    tokenizer: PreTrainedTokenizerBase,
-) -> Tensor:
-    """Word embeddings times their gradients: L2 norm over hidden.
-
-    The gradient-based reference that the GlobEnc paper compares with.
+    Raises:
+        TypeError: it is neither.
     """
-    products: Tensor = InputXGradient(_logits_of(model)).attribute(
-        _embeddings(model, input_ids),
-        target=target,
-        additional_forward_args=(attention_mask,),
+    if not hasattr(method, "attribute"):
+        if not callable(method):
+            raise TypeError(
+                "a method must have Captum's attribute, or be a function (ids, mask, "
+                f"target) → scores, got {type(method).__name__}: {method!r}"
+            )
+        return method
+    # NoiseTunnel takes what the method inside takes.
+    inner = getattr(method, "attribution_method", method)
+    on_embeddings = isinstance(inner, GradientAttribution) and not isinstance(
+        inner, LayerAttribution
     )
-    norms: Tensor = torch.linalg.vector_norm(products, dim=-1)
-    return norms[0]
+    wants_baselines = "baselines" in inspect.signature(inner.attribute).parameters
 
+    def scores(ids: Tensor, mask: Tensor, target: Tensor, *types: Tensor) -> Tensor:
+        embed = model.get_input_embeddings() if on_embeddings else _unchanged
+        options: dict[str, Any] = {}
+        if wants_baselines:
+            options["baselines"] = embed(_blank(ids, tokenizer)).detach()
+        inputs = embed(ids).detach()
+        if on_embeddings:
+            # Captum would set it by itself, with a warning.
+            inputs.requires_grad_()
+        found: Tensor = method.attribute(
+            inputs, target=target, additional_forward_args=(mask, *types), **options
+        )
+        return (found if found.ndim == 2 else found.sum(-1)).detach()
 
-METHODS: dict[str, Method] = {
-    "globenc": globenc,
-    "integrated_gradients": integrated_gradients,
-    "saliency": saliency,
-    "input_x_gradient": input_x_gradient,
-}
+    return scores
 
 
 def methods_named(
@@ -124,12 +128,13 @@ def methods_named(
         InputError: no name, an unknown name or an unknown local score.
     """
     local_score(local)  # Raises where there is none.
-    available: dict[str, Method] = {**METHODS, "globenc": partial(globenc, local=local)}
+    available = {**METHODS, "globenc": _globenc_of(local)}
     chosen = {}
     for name in [names] if isinstance(names, str) else names:
         if name not in available:
-            near = difflib.get_close_matches(str(name).lower(), available, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            folded = {known.casefold(): known for known in available}
+            near = difflib.get_close_matches(str(name).casefold(), folded, n=1)
+            hint = f" Did you mean {folded[near[0]]!r}?" if near else ""
             raise InputError(
                 f"unknown method {name!r}; known: {', '.join(available)}.{hint}"
             )
@@ -139,32 +144,283 @@ def methods_named(
     return chosen
 
 
-def _logits_of(model: PreTrainedModel) -> Callable[[Tensor, Tensor], Tensor]:
-    """The model as a function of embeddings, as Captum's gradient methods need it."""
+def _globenc_of(local: str) -> Method:
+    def build(model: PreTrainedModel, _: PreTrainedTokenizerBase) -> Scorer:
+        method = GlobEnc(_logits(model, "input_ids"), encoder=model, local=local)
 
-    def logits(embeddings: Tensor, attention_mask: Tensor) -> Tensor:
-        output = model(inputs_embeds=embeddings, attention_mask=attention_mask)
+        def scores(ids: Tensor, mask: Tensor, target: Tensor, *types: Tensor) -> Tensor:
+            found: Tensor = method.attribute(ids, target, (mask, *types))
+            return found
+
+        return scores
+
+    return Method(build, f"rollout of {local}: how much of each token reaches [CLS]")
+
+
+def _attention_last(model: PreTrainedModel, _: PreTrainedTokenizerBase) -> Scorer:
+    method = GlobEnc(_logits(model, "input_ids"), encoder=model, local="W")
+
+    def scores(ids: Tensor, mask: Tensor, target: Tensor, *types: Tensor) -> Tensor:
+        local = method.decompose(ids, (mask, *types)).local
+        return local[torch.arange(len(ids)), -1, mask.int().argmax(-1)]
+
+    return scores
+
+
+def _integrated_gradients(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Scorer:
+    method = IntegratedGradients(_logits(model, "inputs_embeds"))
+    _pad_token(tokenizer)
+
+    def scores(ids: Tensor, mask: Tensor, target: Tensor, *types: Tensor) -> Tensor:
+        embed = model.get_input_embeddings()
+        found: Tensor = method.attribute(
+            embed(ids).detach(),
+            baselines=embed(_blank(ids, tokenizer)).detach(),
+            target=target,
+            additional_forward_args=(mask, *types),
+            n_steps=_STEPS,
+            internal_batch_size=_STEPS_AT_ONCE * len(ids),
+        )
+        return found.sum(-1).detach()
+
+    return scores
+
+
+def _saliency(model: PreTrainedModel, _: PreTrainedTokenizerBase) -> Scorer:
+    method = Saliency(_logits(model, "inputs_embeds"))
+    return lambda *given: _gradient(method, model, *given).sum(-1)
+
+
+def _input_x_gradient(model: PreTrainedModel, _: PreTrainedTokenizerBase) -> Scorer:
+    method = InputXGradient(_logits(model, "inputs_embeds"))
+    return lambda *given: _gradient(method, model, *given).norm(dim=-1)
+
+
+def _input_x_gradient_sum(model: PreTrainedModel, _: PreTrainedTokenizerBase) -> Scorer:
+    method = InputXGradient(_logits(model, "inputs_embeds"))
+    return lambda *given: _gradient(method, model, *given).sum(-1)
+
+
+def _gradient(
+    method: Saliency | InputXGradient,
+    model: PreTrainedModel,
+    ids: Tensor,
+    mask: Tensor,
+    target: Tensor,
+    *types: Tensor,
+) -> Tensor:
+    # A leaf, so that no gradient reaches the model's weights.
+    embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
+    found: Tensor = method.attribute(
+        embeddings, target=target, additional_forward_args=(mask, *types)
+    )
+    return found.detach()
+
+
+def _deep_lift(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Scorer:
+    _pad_token(tokenizer)
+    scores = scorer_of(DeepLift(_Logits(model)), model, tokenizer)
+
+    def quiet(*given: Tensor) -> Tensor:
+        with warnings.catch_warnings():
+            # That it hooks the model's activations for a while.
+            warnings.filterwarnings("ignore", message="Setting forward, backward hooks")
+            return scores(*given)
+
+    return quiet
+
+
+def _gradient_shap(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Scorer:
+    method = GradientShap(_logits(model, "inputs_embeds"))
+    _pad_token(tokenizer)
+
+    def scores(ids: Tensor, mask: Tensor, target: Tensor, *types: Tensor) -> Tensor:
+        embed = model.get_input_embeddings()
+        found: Tensor = method.attribute(
+            embed(ids).detach(),
+            baselines=embed(_blank(ids, tokenizer)).detach(),
+            n_samples=_SHAP_BASELINES,
+            stdevs=0.0,
+            target=target,
+            additional_forward_args=(mask, *types),
+        )
+        return found.sum(-1).detach()
+
+    return _repeatable(scores)
+
+
+def _kernel_shap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Scorer:
+    method = KernelShap(_logits(model, "input_ids"))
+    _pad_token(tokenizer)
+
+    def scores(ids: Tensor, mask: Tensor, target: Tensor, *types: Tensor) -> Tensor:
+        blank = _blank(ids, tokenizer)
+        found: Tensor = method.attribute(
+            ids,
+            baselines=blank,
+            target=target,
+            additional_forward_args=(mask, *types),
+            n_samples=_SHAP_SAMPLES,
+            perturbations_per_eval=_SHAP_SAMPLES_AT_ONCE,
+        )
+        # The regression fits noise to tokens that are the same in the baseline.
+        return found.masked_fill(ids == blank, 0)
+
+    return _repeatable(scores)
+
+
+def _feature_ablation(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Scorer:
+    _pad_token(tokenizer)
+    method = FeatureAblation(_logits(model, "input_ids"))
+    return scorer_of(method, model, tokenizer)
+
+
+def _occlusion(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Scorer:
+    method = Occlusion(_logits(model, "input_ids"))
+    _pad_token(tokenizer)
+
+    def scores(ids: Tensor, mask: Tensor, target: Tensor, *types: Tensor) -> Tensor:
+        blank = _blank(ids, tokenizer)
+        found: Tensor = method.attribute(
+            ids,
+            sliding_window_shapes=(min(_WINDOW, ids.shape[1]),),
+            baselines=blank,
+            target=target,
+            additional_forward_args=(mask, *types),
+        )
+        # A window reaches over the ends of what it changes.
+        return found.masked_fill(ids == blank, 0)
+
+    # The windows of a padded text would end elsewhere.
+    return _repeatable(scores)
+
+
+def _random(_: PreTrainedModel, __: PreTrainedTokenizerBase) -> Scorer:
+    return _repeatable(lambda ids, *_: torch.rand(ids.shape, device=ids.device))
+
+
+_BASELINE = "from a baseline of pad tokens between [CLS] and [SEP]"
+
+#: Every method by its name.
+METHODS: dict[str, Method] = {
+    "globenc": _globenc_of("N_ENC"),
+    **{name: _globenc_of(name) for name in LOCAL_SCORES},
+    "attention_last": Method(
+        _attention_last, "attention from [CLS] in the last layer, mean over heads"
+    ),
+    "attention_rollout": _globenc_of("W_FIXED_RES"),
+    "integrated_gradients": Method(
+        _integrated_gradients,
+        f"{_STEPS} steps {_BASELINE}, on the word embeddings; sum over hidden, signed",
+    ),
+    "saliency": Method(
+        _saliency, "gradient at the word embeddings; sum of absolute values over hidden"
+    ),
+    "input_x_gradient": Method(
+        _input_x_gradient, "word embeddings times gradient; L2 norm over hidden"
+    ),
+    "input_x_gradient_sum": Method(
+        _input_x_gradient_sum, "word embeddings times gradient; sum over hidden, signed"
+    ),
+    "gradient_shap": Method(
+        _gradient_shap,
+        f"{_SHAP_BASELINES} samples {_BASELINE}, on the word embeddings; sum over "
+        "hidden, signed",
+    ),
+    "deep_lift": Method(
+        _deep_lift, f"{_BASELINE}, on the word embeddings; sum over hidden, signed"
+    ),
+    "feature_ablation": Method(
+        _feature_ablation, "each token in turn replaced by the pad token; signed"
+    ),
+    "occlusion": Method(
+        _occlusion, f"windows of {_WINDOW} tokens replaced by pad tokens; signed"
+    ),
+    "kernel_shap": Method(
+        _kernel_shap, f"{_SHAP_SAMPLES} samples {_BASELINE}, on the ids; signed"
+    ),
+    "random": Method(_random, "uniform random numbers: what chance gives"),
+}
+
+
+def _logits(model: PreTrainedModel, name: str) -> Callable[..., Tensor]:
+    """The model as a function of ids or of embeddings, as Captum needs it."""
+
+    def logits(inputs: Tensor, attention_mask: Tensor, *types: Tensor) -> Tensor:
+        named = {"token_type_ids": types[0]} if types else {}
+        output = model(**{name: inputs}, attention_mask=attention_mask, **named)
         return output.logits  # type: ignore[no-any-return]
 
     return logits
 
 
-def _embeddings(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    """Word embeddings as a leaf, so that no gradient reaches the model's weights."""
-    embeddings: Tensor = model.get_input_embeddings()(input_ids)
-    # Captum would set requires_grad by itself, with a warning.
-    return embeddings.detach().requires_grad_()
+class _Logits(nn.Module):
+    """The same on embeddings as a module, which DeepLift hooks."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Tensor, mask: Tensor, *types: Tensor) -> Tensor:
+        return _logits(self.model, "inputs_embeds")(inputs, mask, *types)
+
+
+def _repeatable(scores: Scorer) -> Scorer:
+    """Each text by itself, without padding, and with the same random numbers always.
+
+    The scores then do not depend on what else is in the batch, or ran before.
+    """
+
+    def one_by_one(ids: Tensor, mask: Tensor, target: Tensor, *types: Tensor) -> Tensor:
+        found = torch.zeros(ids.shape, device=ids.device)
+        for row, used in enumerate(mask.bool()):
+            own = [part[row : row + 1, used] for part in (ids, mask, *types)]
+            seed = zlib.crc32(own[0].cpu().numpy().tobytes())
+            with _random_numbers(seed):
+                values = scores(*own[:2], target[row : row + 1], *own[2:])
+            found[row, used] = values[0].to(found)
+        return found
+
+    return one_by_one
+
+
+@contextmanager
+def _random_numbers(seed: int) -> Iterator[None]:
+    """From this seed inside, and as if nothing had been drawn outside."""
+    # Captum draws from both.
+    before = np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            np.random.seed(seed)
+            yield
+    finally:
+        np.random.set_state(before)
+
+
+def _unchanged(ids: Tensor) -> Tensor:
+    return ids
+
+
+def _pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    if tokenizer.pad_token_id is None:
+        raise InputError(
+            "this method needs a pad token for its baseline, and "
+            f"{type(tokenizer).__name__} has none: set tokenizer.pad_token."
+        )
+    return int(tokenizer.pad_token_id)
 
 
 def _blank(input_ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """The ids with every token but [CLS] and [SEP] replaced by the pad token."""
-    if tokenizer.pad_token_id is None:
-        raise InputError(
-            "integrated_gradients needs a pad token for its baseline, and "
-            f"{type(tokenizer).__name__} has none: set tokenizer.pad_token."
-        )
     frame = [
         i for i in (tokenizer.cls_token_id, tokenizer.sep_token_id) if i is not None
     ]
     kept = torch.isin(input_ids, input_ids.new_tensor(frame))
-    return input_ids.where(kept, input_ids.new_tensor(tokenizer.pad_token_id))
+    return input_ids.where(kept, input_ids.new_tensor(_pad_token(tokenizer)))

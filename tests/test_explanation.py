@@ -60,6 +60,11 @@ def gradient(model, ids, mask, target):
 # Methods
 
 
+def scores_of(method, model, ids, mask, target, tokenizer):
+    scorer = method.build(model, tokenizer)
+    return scorer(ids, mask, torch.tensor([target]))[0]
+
+
 def test_globenc_is_the_public_class(demo_model) -> None:
     model, tokenizer = demo_model
     ids, mask = encoded(tokenizer)
@@ -68,14 +73,16 @@ def test_globenc_is_the_public_class(demo_model) -> None:
         expected = GlobEnc(model, local=local).attribute(
             ids, additional_forward_args=(mask,)
         )
-        assert torch.equal(method(model, ids, mask, 1, tokenizer), expected[0])
+        assert torch.equal(
+            scores_of(method, model, ids, mask, 1, tokenizer), expected[0]
+        )
 
 
 def test_saliency_is_the_sum_of_absolute_gradients(demo_model) -> None:
     model, tokenizer = demo_model
     ids, mask = encoded(tokenizer)
     _, expected = gradient(model, ids, mask, 1)
-    scores = METHODS["saliency"](model, ids, mask, 1, tokenizer)
+    scores = scores_of(METHODS["saliency"], model, ids, mask, 1, tokenizer)
     torch.testing.assert_close(scores, expected.abs().sum(-1)[0])
 
 
@@ -83,14 +90,14 @@ def test_input_x_gradient_is_the_norm_of_the_product(demo_model) -> None:
     model, tokenizer = demo_model
     ids, mask = encoded(tokenizer)
     embeddings, slope = gradient(model, ids, mask, 0)
-    scores = METHODS["input_x_gradient"](model, ids, mask, 0, tokenizer)
+    scores = scores_of(METHODS["input_x_gradient"], model, ids, mask, 0, tokenizer)
     torch.testing.assert_close(scores, (embeddings * slope).norm(dim=-1)[0])
 
 
 def test_integrated_gradients_add_up_from_the_padded_baseline(demo_model) -> None:
     model, tokenizer = demo_model
     ids, mask = encoded(tokenizer)
-    scores = METHODS["integrated_gradients"](model, ids, mask, 1, tokenizer)
+    scores = scores_of(METHODS["integrated_gradients"], model, ids, mask, 1, tokenizer)
     blank = torch.full_like(ids, tokenizer.pad_token_id)
     blank[0, 0], blank[0, -1] = ids[0, 0], ids[0, -1]
     with torch.no_grad():
@@ -107,7 +114,7 @@ def test_integrated_gradients_need_a_pad_token(demo_model) -> None:
     bare = copy.deepcopy(tokenizer)
     bare.pad_token = None
     with pytest.raises(InputError, match="needs a pad token"):
-        METHODS["integrated_gradients"](model, *encoded(tokenizer), 0, bare)
+        scores_of(METHODS["integrated_gradients"], model, *encoded(tokenizer), 0, bare)
 
 
 def test_methods_come_in_the_order_asked_for_and_once() -> None:
@@ -143,7 +150,7 @@ def test_explanation_of_the_default_methods(demo_model) -> None:
     names = [method.name for method in explanation.methods]
     assert names == ["globenc", "integrated_gradients", "saliency"]
     for method in explanation.methods:
-        scores = METHODS[method.name](model, ids, mask, best, tokenizer)
+        scores = scores_of(METHODS[method.name], model, ids, mask, best, tokenizer)
         assert method.scores == pytest.approx(scores.tolist())
         assert method.seconds > 0
 

@@ -123,7 +123,7 @@ def test_one_example_with_a_batch_dimension(demo_model) -> None:
         ({"attention_mask": torch.zeros(4)}, "at least one attended token"),
         ({"input_ids": torch.ones(2, 4).long()}, "call text_record row by row"),
         ({"target": "positve"}, "Did you mean 'positive'"),
-        ({"true_class": 7}, "outside the model's 2 labels"),
+        ({"true_class": 7}, "target 7 is outside the model's 2 labels"),
     ],
 )
 def test_what_cannot_be_a_record(demo_model, change, message) -> None:
@@ -131,3 +131,27 @@ def test_what_cannot_be_a_record(demo_model, change, message) -> None:
     given = {"input_ids": torch.tensor([2, 30, 40, 3]), "scores": torch.ones(4)}
     with pytest.raises(InputError, match=message):
         text_record(model, tokenizer, **{**given, **change})
+
+
+def test_numbers_are_indices_and_names_are_labels(demo_model) -> None:
+    model, tokenizer = demo_model
+    given = (torch.tensor([2, 30, 40, 3]), torch.ones(4))
+    before = model.config.id2label
+    try:
+        model.config.id2label = {0: "1", 1: "0"}
+        by_index = text_record(
+            model, tokenizer, *given, target=torch.tensor(1), true_class=-2
+        )
+        by_name = text_record(model, tokenizer, *given, target="1", true_class="0")
+    finally:
+        model.config.id2label = before
+    assert (by_index.attr_class, by_index.true_class) == ("0", "1")
+    assert (by_name.attr_class, by_name.true_class) == ("1", "0")
+    with pytest.raises(InputError, match=r"got float: 0\.5"):
+        text_record(model, tokenizer, *given, target=0.5)
+
+
+def test_a_wrapper_is_no_classifier(demo_model) -> None:
+    wrapper = torch.nn.Sequential(demo_model[0])
+    with pytest.raises(InputError, match="got Sequential: pass the model inside"):
+        text_record(wrapper, demo_model[1], torch.tensor([2, 3]), torch.ones(2))
