@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from captum.attr import LayerAttribution
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from captum_globenc.aggregation import Decomposition
 from captum_globenc.errors import InputError
+from captum_globenc.records import Grid
 
 
 def spread_over_embedding(scores: Tensor, like: Tensor) -> Tensor:
@@ -29,13 +31,18 @@ def spread_over_embedding(scores: Tensor, like: Tensor) -> Tensor:
     Returns:
         *Tensor* of shape (batch, tokens, hidden).
     """
+    if scores.ndim != 2 or like.ndim != 3 or scores.shape[1] != like.shape[1]:
+        raise InputError(
+            f"scores (batch, tokens) for vectors (batch, tokens, hidden) are expected, "
+            f"got shapes {tuple(scores.shape)} and {tuple(like.shape)}."
+        )
     hidden = like.shape[-1]
     return (scores / hidden)[..., None].expand(-1, -1, hidden).contiguous()
 
 
 def to_words(
     scores: Tensor,
-    groups: Sequence[int | None] | Sequence[tuple[int, int]],
+    groups: Sequence[int | None] | Sequence[tuple[int, int]] | Tensor,
     text: str | None = None,
 ) -> Tensor:
     """Scores of one example's words: those of their sub-words, added up.
@@ -48,6 +55,8 @@ def to_words(
         groups (sequence): per token, either its word's number or None, as
             ``encoding.word_ids()`` of a fast tokenizer gives them; or its span of
             characters (start, end), as ``offset_mapping`` does, together with ``text``.
+            For a pair of sentences, word numbers: the second sentence's words follow
+            the first's.
         text (str, optional): the text that the spans belong to. Its words are what
             stands between white space, in order: those of ``text.split()``. A token
             belongs to the word in which its first character that is not white space
@@ -58,7 +67,8 @@ def to_words(
         *Tensor* of shape (words): in order of the words' first tokens, or of ``text``.
 
     Raises:
-        InputError: scores and groups do not have one element per token each.
+        InputError: scores and groups do not have one element per token each, spans
+            without a text, a text with word numbers, or spans of a pair.
 
     Examples::
 
@@ -75,8 +85,16 @@ def to_words(
             f"{tuple(scores.shape)} and {len(groups)} groups."
         )
     words: list[object]
+    members: list[object]
+    given: list[Any] = groups.tolist() if isinstance(groups, Tensor) else list(groups)
+    _check_groups(given, text)
     if text is None:
-        members: list[object] = list(groups)
+        # A pair counts its second sentence's words from 0 again, after a special token.
+        sentence = [given[:index].count(None) for index in range(len(given))]
+        members = [
+            None if word is None else (part, word)
+            for part, word in zip(sentence, given)
+        ]
         words = [w for w in dict.fromkeys(members) if w is not None]
     else:
         starts = {
@@ -84,13 +102,39 @@ def to_words(
             for word, match in enumerate(re.finditer(r"\S+", text))
             for position in range(*match.span())
         }
-        members = [_word_of_span(span, starts) for span in groups]  # type: ignore[arg-type]
+        members = [_word_of_span(span, starts) for span in given]
         words = list(range(len(text.split())))
     place = {word: index for index, word in enumerate(words)}
     chosen = [index for index, word in enumerate(members) if word in place]
     target = torch.tensor([place[members[i]] for i in chosen], device=scores.device)
     result = scores.new_zeros(len(words))
     return result.index_add(0, target.long(), scores[chosen])
+
+
+def _check_groups(groups: list[Any], text: str | None) -> None:
+    spans = [tuple(g) for g in groups if isinstance(g, tuple | list)]
+    if text is None and spans:
+        raise InputError(
+            f"the groups are spans of characters such as {spans[0]}: pass the text "
+            "that they belong to, or word numbers."
+        )
+    if text is not None and len(spans) < len(groups):
+        raise InputError(
+            "a text belongs to spans of characters, and the groups are word numbers: "
+            "leave the text out, or pass offset_mapping."
+        )
+    last = 0
+    between = restarts = False
+    for start, end in spans:
+        # Several tokens may share a character, but not across a special token.
+        restarts |= end > start and start < (last if between else 0)
+        between = end == start
+        last = max(last, end)
+    if restarts:
+        raise InputError(
+            "the spans start again in the middle, as for a pair of sentences: pass "
+            "word numbers, encoding.word_ids(), or each sentence by itself."
+        )
 
 
 def _word_of_span(span: tuple[int, int], words: dict[int, int]) -> int | None:
@@ -110,7 +154,7 @@ def mask_special_tokens(scores: Tensor, special_tokens_mask: Tensor) -> Tensor:
         *Tensor* of the shape of ``scores``.
     """
     special = special_tokens_mask.to(scores.device).bool()
-    if scores.shape[: special.ndim] != special.shape:
+    if special.ndim != 2 or scores.shape[:2] != special.shape:
         raise InputError(
             f"the mask has shape {tuple(special.shape)}, and scores "
             f"{tuple(scores.shape)}: one entry per token is expected."
@@ -145,7 +189,16 @@ def layer_matrix(decomposition: Decomposition, token_index: int = 0) -> Tensor:
 
     Returns:
         *Tensor* of shape (batch, layers, tokens), bottom layer first.
+
+    Raises:
+        InputError: there is no such token.
     """
+    tokens = decomposition.attended.shape[1]
+    whole = isinstance(token_index, int) and not isinstance(token_index, bool)
+    if not whole or not -tokens <= token_index < tokens:
+        raise InputError(
+            f"token_index must be one of the {tokens} tokens, got {token_index!r}."
+        )
     layers = decomposition.local.shape[1]
     rows = [
         decomposition.rollout(stop=layer + 1)[:, token_index] for layer in range(layers)
@@ -182,17 +235,17 @@ def to_image(scores: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Te
             f"{grid[0]} by {grid[1]} patches."
         )
     # How many pixels each patch gets: not the same for all where sizes do not divide.
+    # Exact: the plain mode puts some rows into the wrong patch by rounding.
+    mode = "nearest-exact"
     order = torch.arange(scores.shape[1], dtype=torch.float64, device=scores.device)
-    owner = LayerAttribution.interpolate(order.view(1, 1, *grid), size).long()
+    owner = LayerAttribution.interpolate(order.view(1, 1, *grid), size, mode).long()
     pixels = owner.flatten().bincount(minlength=scores.shape[1])
     patches = (scores / pixels).view(len(scores), 1, *grid)
-    image: Tensor = LayerAttribution.interpolate(patches, size)
+    image: Tensor = LayerAttribution.interpolate(patches, size, mode)
     return image
 
 
-def shaped_like(
-    scores: Tensor, like: Tensor, grid: tuple[int, int] | None = None
-) -> Tensor:
+def shaped_like(scores: Tensor, like: Tensor, grid: Grid | None = None) -> Tensor:
     """Token scores in the shape of what they are scores of.
 
     The total stays, but for tokens that are no patch ([CLS]), which have no place in an
@@ -200,28 +253,33 @@ def shaped_like(
 
     Args:
         scores (Tensor): (batch, tokens).
-        like (Tensor): ids, (batch, tokens) or (batch, choices, tokens); embeddings or
-            hidden states, (batch, tokens, hidden), for
-            :func:`spread_over_embedding`; an image or feature map, (batch, channels,
-            height, width), for :func:`to_image` with equal channels.
-        grid (tuple[int, int], optional): rows and columns of patches, which are the
-            last tokens; needed for images. Embeddings of the patches alone get the
-            scores of these. Default: None.
+        like (Tensor): ids, (batch, tokens), or one row of them for all; embeddings or
+            hidden states, (batch, tokens, hidden), for :func:`spread_over_embedding`;
+            either of these with choices after the batch, where scores have batch ×
+            choices rows; an image or feature map, (batch, channels, height, width),
+            for :func:`to_image` with equal channels.
+        grid (Grid, optional): the patches of an image, whose tokens are the last; what
+            of the image they do not cover gets 0. Embeddings of the patches alone get
+            the scores of these. Default: None, for no image.
 
     Returns:
-        *Tensor* of the shape of ``like``.
+        *Tensor* of the shape of ``like``, with as many examples as scores have.
     """
     if not like.is_floating_point():
-        return scores.view(like.shape)
-    if like.ndim == 3:
-        if grid is not None and like.shape[1] == grid[0] * grid[1]:
+        return scores.view(like.shape) if scores.numel() == like.numel() else scores
+    if grid is None and like.ndim == 4:
+        return spread_over_embedding(scores, like.flatten(0, 1)).view(like.shape)
+    if grid is None or like.ndim == 3:
+        if grid is not None and like.shape[1] == grid.rows * grid.columns:
             scores = scores[:, -like.shape[1] :]
         return spread_over_embedding(scores, like)
-    if grid is None:
-        raise InputError(
-            f"scores of shape {tuple(scores.shape)} can be laid out as an image of "
-            f"shape {tuple(like.shape)} only with the grid of its patches."
-        )
-    size = (like.shape[-2], like.shape[-1])
-    image = to_image(scores[:, -grid[0] * grid[1] :], grid, size)
-    return (image / like.shape[1]).expand(like.shape).contiguous()
+    _, channels, height, width = like.shape
+    # A feature map of the patches has no margin.
+    is_map = (height, width) == (grid.rows, grid.columns)
+    covered = (1.0, 1.0) if is_map else (grid.height, grid.width)
+    size = (round(height * covered[0]), round(width * covered[1]))
+    patches = scores[:, -grid.rows * grid.columns :]
+    image = to_image(patches, (grid.rows, grid.columns), size)
+    margin = (0, width - size[1], 0, height - size[0])
+    image = torch.nn.functional.pad(image / channels, margin)
+    return image.expand(like.shape).contiguous()

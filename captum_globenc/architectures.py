@@ -380,7 +380,9 @@ def _resolve(
         )
     embeddings = part("embeddings", nn.Module)
     # Captum's stand-in hands on what it is given: it looks up no id and no position.
-    stands_in = isinstance(embeddings, InterpretableEmbeddingBase)
+    stands_in = isinstance(embeddings, InterpretableEmbeddingBase) or isinstance(
+        _submodule(module, architecture.positions or ""), InterpretableEmbeddingBase
+    )
     return Encoder(
         root=root,
         module=module,

@@ -13,8 +13,11 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from torch import nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 
 from captum_globenc.architectures import Encoder, find_encoder, model_type
 from captum_globenc.errors import InputError, UnsupportedModelError
@@ -37,11 +40,14 @@ class Captured(NamedTuple, Generic[Output]):
         output (Any): what the recorded function returned.
         run (EncoderRecord): the encoder's run.
         encoder (Encoder): the encoder.
+        token_logits (list[Tensor]): (batch, tokens), the outputs of linear maps of all
+            tokens to one or two logits each, as heads for question answering have them.
     """
 
     output: Output
     run: EncoderRecord
     encoder: Encoder
+    token_logits: list[Tensor]
 
 
 def record(
@@ -74,10 +80,33 @@ def record(
             undo.enter_context(_installed_on_sight(recorder))
         else:
             undo.enter_context(recorder.installed(encoder))
+        token_logits = undo.enter_context(_token_logits())
         output = function()
         run = recorder.finish()
         assert recorder.encoder is not None
-        return Captured(output, run, recorder.encoder)
+        return Captured(output, run, recorder.encoder, token_logits)
+
+
+@contextmanager
+def _token_logits() -> Iterator[list[Tensor]]:
+    """Collect what linear maps make of all tokens, where it is one or two numbers."""
+    thread = threading.get_ident()
+    found: list[Tensor] = []
+
+    def keep(module: nn.Module, _: Any, output: Any) -> None:
+        if (
+            isinstance(module, nn.Linear)
+            and module.out_features <= 2
+            and output.ndim == 3
+            and threading.get_ident() == thread
+        ):
+            found.extend(output.detach().unbind(-1))
+
+    handle = register_module_forward_hook(keep)
+    try:
+        yield found
+    finally:
+        handle.remove()
 
 
 @contextmanager

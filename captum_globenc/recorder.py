@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from captum.attr import InterpretableEmbeddingBase
 from torch import Tensor, nn
 
 from captum_globenc.architectures import (
@@ -31,7 +32,7 @@ from captum_globenc.reconstruction import (
     check_layers,
     project,
 )
-from captum_globenc.records import EncoderRecord, LayerRecord
+from captum_globenc.records import EncoderRecord, Grid, LayerRecord
 from captum_globenc.weights import WeightCache, centre, working_dtype
 
 
@@ -59,7 +60,7 @@ class Recorder:
         self._attended: Tensor | None = None
         self._projections: list[LayerProjections] = []
         self._final: tuple[Tensor, Tensor] | None = None
-        self._grid: tuple[int, int] | None = None
+        self._grid: Grid | None = None
 
     @contextmanager
     def installed(self, encoder: Encoder) -> Iterator[None]:
@@ -177,9 +178,13 @@ class Recorder:
 
             self._hook(undo, watched, after=keep)
 
-    def _keep_grid(self, _: nn.Module, args: Any, output: Tensor) -> None:
+    def _keep_grid(self, patches: nn.Conv2d, args: Any, output: Tensor) -> None:
         rows, columns = output.shape[-2:]
-        self._grid = (rows, columns)
+        height, width = args[0].shape[-2:]
+        down, right = patches.stride
+        self._grid = Grid(
+            rows, columns, min(1, rows * down / height), min(1, columns * right / width)
+        )
 
     def _keep_final(self, _: nn.Module, args: Any, output: Tensor) -> None:
         if self._final is not None:
@@ -310,9 +315,12 @@ def _scale(vectors: Tensor, norm: nn.LayerNorm) -> Tensor:
 
 
 def _check_ids(ids: Tensor, encoder: nn.Module) -> None:
+    table = encoder.get_input_embeddings()  # type: ignore[operator]
+    if isinstance(table, InterpretableEmbeddingBase):
+        return  # Captum's stand-in takes embeddings where ids belong.
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise InputError(f"input ids must be integers, got {ids.dtype}.")
-    size = encoder.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    size = table.num_embeddings
     wrong = ids[(ids < 0) | (ids >= size)]
     if wrong.numel():
         raise InputError(

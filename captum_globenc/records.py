@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -141,6 +142,23 @@ def _cut(values: Tensor | None, chosen: slice) -> Tensor | None:
     return None if values is None else values[chosen]
 
 
+class Grid(NamedTuple):
+    """The patches of an image: an encoder's last tokens, row by row.
+
+    Args:
+        rows (int): how many, from top to bottom.
+        columns (int): how many, from left to right.
+        height (float): the share of the image's height that they cover; what makes no
+            whole patch is left over at the bottom.
+        width (float): likewise of its width, from the left.
+    """
+
+    rows: int
+    columns: int
+    height: float = 1.0
+    width: float = 1.0
+
+
 @dataclass(frozen=True)
 class EncoderRecord:
     """One run of an encoder.
@@ -148,13 +166,12 @@ class EncoderRecord:
     Args:
         layers (tuple[LayerRecord, ...]): bottom first.
         attended (Tensor): (batch, tokens), False at padding.
-        grid (tuple[int, int] or None): rows and columns of patches, which are the last
-            tokens, row by row; None where the input was no image.
+        grid (Grid or None): the patches of the image; None where there was none.
     """
 
     layers: tuple[LayerRecord, ...]
     attended: Tensor
-    grid: tuple[int, int] | None = None
+    grid: Grid | None = None
 
     @property
     def shape(self) -> tuple[int, int]:

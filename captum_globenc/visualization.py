@@ -117,6 +117,7 @@ def text_record(
     token_type_ids: Tensor | None = None,
     target: str | int | None = None,
     true_class: str | int | None = None,
+    convergence_score: float = 0.0,
 ) -> captum_visualization.VisualizationDataRecord:
     r"""A row for ``captum.attr.visualization.visualize_text``, from one example.
 
@@ -134,12 +135,13 @@ def text_record(
             index. Default: the predicted class.
         true_class (str or int, optional): the class of the label, to be shown beside
             the prediction. Default: None, shown as a dash.
+        convergence_score (float, optional): what the method leaves unexplained.
+            Default: 0, for GlobEnc, which has no such remainder.
 
     Returns:
         *VisualizationDataRecord* whose ``word_attributions`` are the scores relative to
         the strongest, in [-1, 1], and whose ``attr_score`` is their sum as given. For a
-        regression ``pred_prob`` is the value. ``convergence_score`` is 0: GlobEnc
-        leaves no remainder.
+        regression ``pred_prob`` is the value.
 
     Raises:
         InputError: shapes that are not those of one example, or an unknown class.
@@ -158,6 +160,11 @@ def text_record(
         >>> record.raw_input_ids[:4]
         ['[CLS]', 'a', '&lt;', 'b']
     """
+    if not hasattr(model, "config"):
+        raise InputError(
+            "model must be a sequence classifier of transformers, got "
+            f"{type(model).__name__}: pass the model inside."
+        )
     named = {"input_ids": input_ids, "attention_mask": attention_mask}
     named["token_type_ids"] = token_type_ids
     rows = {
@@ -193,7 +200,7 @@ def text_record(
         attr_class=_escaped(explained.label),
         attr_score=float(values.sum()),
         raw_input_ids=[_escaped(readable_token(tokenizer, token)) for token in tokens],
-        convergence_score=0.0,
+        convergence_score=convergence_score,
     )
 
 

@@ -135,3 +135,43 @@ def test_image() -> None:
     torch.testing.assert_close(image.sum((1, 2, 3)), scores.sum(1))
     with pytest.raises(InputError, match=r"\(2, 6\) do not fill a grid of 2 by 2"):
         to_image(scores, (2, 2), (8, 9))
+
+
+def test_words_of_a_pair() -> None:
+    """The second sentence's words follow the first's: none are added together."""
+    scores = torch.arange(1.0, 11.0)
+    words = [None, 0, 1, 2, None, 0, 1, 1, 2, None]
+    assert to_words(scores, words).tolist() == [2, 3, 4, 6, 7 + 8, 9]
+    same = [None, 0, None, 0, None]
+    assert to_words(scores[:5], same).tolist() == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("groups", "text", "message"),
+    [
+        ([(0, 0), (0, 3), (3, 4)], None, r"spans of characters such as \(0, 0\): pass"),
+        (torch.tensor([[0, 0], [0, 3], [3, 4]]), None, "pass the text"),
+        ([None, 0, 1], "a b", "the groups are word numbers"),
+        ([(0, 3), (0, 0), (0, 2)], "who", "start again in the middle"),
+    ],
+)
+def test_groups_that_do_not_fit_the_text(groups, text, message) -> None:
+    with pytest.raises(InputError, match=message):
+        to_words(torch.ones(3), groups, text)
+
+
+def test_offsets_as_a_tensor() -> None:
+    spans = torch.tensor([[0, 0], [0, 3], [3, 4], [5, 8], [0, 0]])
+    found = to_words(torch.arange(5.0), spans, "good one")
+    assert found.tolist() == [3, 3]
+
+
+def test_shapes_that_do_not_fit() -> None:
+    with pytest.raises(InputError, match=r"got shapes \(2, 3\) and \(2, 4, 5\)"):
+        spread_over_embedding(torch.ones(2, 3), torch.ones(2, 4, 5))
+    with pytest.raises(InputError, match="one entry per token"):
+        mask_special_tokens(torch.ones(3, 3), torch.ones(3))
+    decomposition = GlobEnc(build("bert")).decompose(sentence(4)[None])
+    for wrong in (4, -5, True, torch.tensor([1])):
+        with pytest.raises(InputError, match="must be one of the 4 tokens"):
+            layer_matrix(decomposition, wrong)

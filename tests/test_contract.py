@@ -159,6 +159,26 @@ def test_illegal_targets_fail_as_in_captum(target, error) -> None:
     assert not left_behind(CLASSES)
 
 
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (torch.tensor([0.5, 1.0, 1.0, 2.0]), "must hold integers.*float32"),
+        (torch.tensor([True, False, True, True]), "must hold integers.*bool"),
+        ([("a",), (1,), (1,), (1,)], "tuples of integers only"),
+        ([(1,), 1, 2, 0], "tuples of integers only"),
+        ((), "must be None, an int"),
+        ("positive", "got str: 'positive'"),
+        (0.5, "got float: 0.5"),
+        ([0, 1], "target has 2 elements, and inputs have 4 examples"),
+    ],
+    ids=str,
+)
+def test_illegal_targets_get_one_clear_sentence(target, message) -> None:
+    for model in (CLASSES, TOKENS):
+        with pytest.raises(AssertionError, match=message):
+            GlobEnc(model).attribute(IDS, target, MASK)
+
+
 def test_the_class() -> None:
     method = GlobEnc(CLASSES)
     assert isinstance(method, Attribution)

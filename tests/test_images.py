@@ -22,6 +22,7 @@ from captum_globenc import (
 )
 from captum_globenc.adapters import shaped_like, to_image
 from captum_globenc.architectures import _TABLE
+from captum_globenc.records import Grid
 from tests import oracle
 from tests.conftest import left_behind
 from tests.models import build, randomize, sentence
@@ -267,7 +268,7 @@ def test_wrong_inputs() -> None:
         GlobEnc(model).attribute(torch.randn(1, 4, 24), 1)
     with pytest.raises(InputError, match="input ids must be integers"):
         GlobEnc(build("bert")).attribute(images(1), 1)
-    with pytest.raises(InputError, match=r"an image of 3 by 3 patches"):
+    with pytest.raises(InputError, match=r"images of 3 by 3 patches"):
         GlobEnc(lambda image: model(image[:1]).logits).attribute(images(2), 1)
     with pytest.raises(InputError, match="got shape"):
         GlobEnc(model).attribute(images(1)[None], 1)
@@ -342,5 +343,38 @@ def test_sizes_that_do_not_divide() -> None:
     assert image[0].unique().numel() == 6
     with pytest.raises(InputError, match="smaller than its grid"):
         to_image(scores, (2, 3), (5, 2))
-    with pytest.raises(InputError, match="only with the grid"):
+    with pytest.raises(InputError, match=r"got shapes \(2, 6\) and \(2, 5, 7\)"):
         shaped_like(scores, torch.zeros(2, 1, 5, 7))
+
+
+@pytest.mark.parametrize("patch", [3, 16, 41, 47])
+def test_every_pixel_belongs_to_its_patch(patch: int) -> None:
+    scores = torch.arange(1.0, 15 * 14 + 1, dtype=torch.float64)[None]
+    image = to_image(scores, (15, 14), (15 * patch, 14 * patch))[0, 0] * patch**2
+    blocks = scores.view(15, 14).repeat_interleave(patch, 0).repeat_interleave(patch, 1)
+    torch.testing.assert_close(image, blocks, **EXACT)
+
+
+@pytest.mark.parametrize("size", [(15, 13), (14, 14), (23, 12)])
+def test_pixels_that_make_no_whole_patch_get_nothing(size: tuple[int, int]) -> None:
+    model = vit()
+    image = torch.randn(1, 3, *size, dtype=torch.float64)
+
+    def forward(image: Tensor) -> Tensor:
+        return model(image, interpolate_pos_encoding=True).logits
+
+    found = GlobEnc(forward).attribute(image, 1)
+    rows, columns = size[0] // PATCH, size[1] // PATCH
+    assert not found[..., rows * PATCH :, :].any()
+    assert not found[..., :, columns * PATCH :].any()
+    seen = found[..., : rows * PATCH, : columns * PATCH]
+    tokens = GlobEnc(forward).decompose(image).rollout()[:, 0, 1:]
+    expected = to_image(tokens, (rows, columns), tuple(seen.shape[-2:])) / 3
+    torch.testing.assert_close(seen, expected.expand(-1, 3, -1, -1), **EXACT)
+    assert shaped_like(tokens, image[:, 0:1], Grid(rows, columns)).all()
+
+
+def test_integer_images() -> None:
+    model = vit(torch.float32)
+    with pytest.raises(InputError, match=r"got torch.uint8: pass images.float\(\)"):
+        GlobEnc(model).attribute(torch.ones(1, 3, 12, 12, dtype=torch.uint8), 1)

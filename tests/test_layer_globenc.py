@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+
 import pytest
 import torch
 import transformers as t
@@ -127,11 +130,17 @@ def test_captums_question_answering_tutorial() -> None:
         pred = predict(inputs, token_type_ids, position_ids, attention_mask)[position]
         return pred.max(1).values
 
-    one = LayerGlobEnc(squad_pos_forward_func, embeddings).attribute(
-        inputs=IDS, additional_forward_args=(types, positions, MASK, 0)
-    )
-    expected = GlobEnc(model).attribute(IDS, None, (MASK,))
-    torch.testing.assert_close(one.sum(-1), expected, **EXACT)
+    ids, mask = torch.stack([sentence(8), sentence(8, seed=1)]), torch.ones_like(IDS)
+    rollout = GlobEnc(model).decompose(ids).rollout()
+    with torch.no_grad():
+        answer = [logits.argmax(-1) for logits in predict(ids)]
+    for position in (0, 1):
+        # Each gives the largest logit: its token is explained.
+        expected = rollout[[0, 1], answer[position]]
+        one = LayerGlobEnc(squad_pos_forward_func, embeddings).attribute(
+            inputs=ids, additional_forward_args=(types, positions, mask, position)
+        )
+        torch.testing.assert_close(one.sum(-1), expected, **EXACT)
     several = LayerGlobEnc(
         squad_pos_forward_func,
         [
@@ -139,22 +148,51 @@ def test_captums_question_answering_tutorial() -> None:
             embeddings.token_type_embeddings,
             embeddings.position_embeddings,
         ],
-    ).attribute(
-        inputs=(IDS, types, positions),
-        additional_forward_args=(MASK, 1),
-        token_index=2,
     )
-    expected = GlobEnc(model).attribute(IDS, None, (MASK,), token_index=2)
-    assert len(several) == 3
-    for attributions in several:
-        torch.testing.assert_close(attributions.sum(-1), expected, **EXACT)
+    given = {
+        "inputs": (ids, types, positions),
+        "additional_forward_args": (mask, 1),
+        "token_index": 2,
+    }
+    for attributions in several.attribute(**given):
+        torch.testing.assert_close(attributions.sum(-1), rollout[:, 2], **EXACT)
+    inputs = several.attribute(**given, attribute_to_layer_input=True)
+    assert len(inputs) == 3
+    for attributions in inputs:
+        torch.testing.assert_close(attributions, rollout[:, 2], **EXACT)
+    with pytest.raises(InputError, match="example 1 is that of a padding token"):
+        LayerGlobEnc(squad_pos_forward_func, embeddings).attribute(
+            IDS, additional_forward_args=(types, positions, MASK, 1)
+        )
     assert not left_behind(model)
+
+
+def test_inputs_of_the_embeddings_by_keyword() -> None:
+    model = build("bert")
+    embedded = model.get_input_embeddings()(IDS).detach()
+
+    def forward(embeddings, types, mask):
+        return model(
+            inputs_embeds=embeddings, token_type_ids=types, attention_mask=mask
+        ).logits
+
+    expected = GlobEnc(model).attribute(IDS, 1, (MASK,))
+    found = LayerGlobEnc(forward, model.bert.embeddings).attribute(
+        embedded, 1, (torch.zeros_like(IDS), MASK), attribute_to_layer_input=True
+    )
+    torch.testing.assert_close(found.sum(-1), expected, **EXACT)
+    # Positions are one row for all examples.
+    rows = LayerGlobEnc(model, model.bert.embeddings.position_embeddings).attribute(
+        IDS, 1, (MASK,), attribute_to_layer_input=True
+    )
+    torch.testing.assert_close(rows, expected, **EXACT)
 
 
 def test_captums_second_tutorial() -> None:
     """Layer by layer on embeddings, as Captum's part 2 does with LayerConductance."""
     model = build("bert", head=t.BertForQuestionAnswering)
-    embeddings = model.bert.embeddings(input_ids=IDS).detach()
+    ids, MASK = torch.stack([sentence(8), sentence(8, seed=1)]), torch.ones_like(IDS)
+    embeddings = model.bert.embeddings(input_ids=ids).detach()
     reference = model.bert.embeddings(input_ids=torch.ones_like(IDS)).detach()
 
     def squad_pos_forward_func2(input_emb, attention_mask=None, position=0):
@@ -168,7 +206,10 @@ def test_captums_second_tutorial() -> None:
                 inputs=embeddings, additional_forward_args=(MASK, position)
             )
             local = GlobEnc(squad_pos_forward_func2).decompose(embeddings, (MASK,))
-            expected = above(local.local, index + 1)[:, 0]
+            with torch.no_grad():
+                output = model(inputs_embeds=embeddings, attention_mask=MASK)
+            answer = (output.start_logits, output.end_logits)[position].argmax(-1)
+            expected = above(local.local, index + 1)[[0, 1], answer]
             torch.testing.assert_close(found.sum(-1), expected, **EXACT)
         captums = LayerConductance(squad_pos_forward_func2, layer).attribute(
             embeddings,
@@ -185,7 +226,7 @@ def test_layer_inputs_where_captum_breaks() -> None:
     model = build("bert", head=t.BertForQuestionAnswering)
 
     def forward(ids, mask):
-        return model(ids, attention_mask=mask).start_logits.max(1).values
+        return model(ids, attention_mask=mask).start_logits[:, 0]
 
     embeddings = model.bert.embeddings
     with pytest.raises(IndexError):
@@ -245,9 +286,40 @@ def test_question_answering_explains_the_token_of_the_target() -> None:
     def start(ids, mask):
         return model(ids, attention_mask=mask).start_logits
 
-    for options in ({}, {"token_index": 4}):
-        told = GlobEnc(start).attribute(IDS, 4, (MASK,), **options)
-        torch.testing.assert_close(told, one, **EXACT)
+    def by_hand(ids, mask):
+        return model.qa_outputs(model.bert(ids, mask)[0])[..., 0]
+
+    def probabilities(ids, mask):
+        return start(ids, mask).masked_fill(mask == 0, -torch.inf).softmax(-1)
+
+    for method in (
+        GlobEnc(start),
+        GlobEnc(start, encoder=model.bert),
+        GlobEnc(model.forward),
+        GlobEnc(by_hand),
+        GlobEnc(probabilities),
+    ):
+        torch.testing.assert_close(method.attribute(IDS, 4, (MASK,)), one, **EXACT)
+    told = GlobEnc(start).attribute(IDS, 1, (MASK,), token_index=4)
+    torch.testing.assert_close(told, one, **EXACT)
+
+
+def test_attention_pooling_with_as_many_classes_as_tokens_is_a_classifier() -> None:
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = build("bert", head=t.BertModel)
+            self.weight = nn.Linear(24, 1).double()
+            self.head = nn.Linear(24, 8).double()
+
+        def forward(self, ids, mask):
+            states = self.encoder(ids, mask).last_hidden_state
+            return self.head((self.weight(states).softmax(1) * states).sum(1))
+
+    model = Pooled()
+    rollout = GlobEnc(model).decompose(IDS, (MASK,)).rollout()
+    found = GlobEnc(model).attribute(IDS, 4, (MASK,))
+    torch.testing.assert_close(found, rollout[:, 0], **EXACT)
 
 
 def test_a_discriminator_explains_the_token_of_the_target() -> None:
@@ -289,6 +361,18 @@ def test_multiple_choice_folds_the_choices_into_the_batch() -> None:
     expected = GlobEnc(model.bert).attribute(ids, None, (mask,))
     torch.testing.assert_close(scores, expected.view(2, 3, 8), **EXACT)
 
+    def on_embeddings(embeddings, mask):
+        return model(inputs_embeds=embeddings, attention_mask=mask).logits
+
+    embedded = model.get_input_embeddings()(ids).detach().view(2, 3, 8, 24)
+    found = GlobEnc(on_embeddings).attribute(embedded, 1, (mask.view(2, 3, 8),))
+    assert found.shape == embedded.shape
+    torch.testing.assert_close(found.sum(-1), scores, **EXACT)
+    layer = LayerGlobEnc(model, model.bert.embeddings).attribute(
+        ids.view(2, 3, 8), 1, (mask.view(2, 3, 8),)
+    )
+    torch.testing.assert_close(layer.sum(-1), expected, **EXACT)
+
 
 def test_data_parallel_wrappers() -> None:
     model = build("bert")
@@ -296,6 +380,82 @@ def test_data_parallel_wrappers() -> None:
     expected = LayerGlobEnc(model, layer).attribute(IDS, 1, (MASK,))
     wrapped = LayerGlobEnc(nn.DataParallel(model), layer, device_ids=[0])
     torch.testing.assert_close(wrapped.attribute(IDS, 1, (MASK,)), expected, **EXACT)
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+@pytest.mark.filterwarnings("ignore:In order to make embedding layers")
+def test_captums_interpretable_parts_of_the_embeddings(family: str) -> None:
+    """Each table of embeddings replaced, as older tutorials do."""
+    model = build(family)
+    expected = GlobEnc(model).attribute(IDS, 1, (MASK,))
+    prefix = f"{FAMILIES[family].encoder}.embeddings."
+    names = ["word_embeddings", "position_embeddings"]
+    if family == "bert":
+        names.append("token_type_embeddings")
+    tables = [configure_interpretable_embedding_layer(model, prefix + n) for n in names]
+    words = tables[0].indices_to_embeddings(IDS).detach()
+    places = tables[1].indices_to_embeddings(torch.arange(8))
+    places = places.expand(2, -1, -1).detach()
+
+    def forward(words, places, mask):
+        if family == "bert":
+            types = tables[2].indices_to_embeddings(torch.zeros_like(IDS))
+            output = model(
+                inputs_embeds=words,
+                token_type_ids=types,
+                position_ids=places,
+                attention_mask=mask,
+            )
+        else:
+            # Ids are looked up by the stand-in, which hands embeddings on.
+            model.distilbert.embeddings.position_embeddings.forward = lambda _: places
+            output = model(words, attention_mask=mask)
+        return output.logits
+
+    found, zeros = GlobEnc(forward).attribute((words, places), 1, (MASK,))
+    torch.testing.assert_close(found.sum(-1), expected, **EXACT)
+    assert not zeros.any()
+    for table in tables:
+        remove_interpretable_embedding_layer(model, table)
+
+
+def test_layers_in_threads() -> None:
+    """One model, runs of other shapes beside it: never another run's inputs."""
+    model = build("bert")
+    few, many = sentence(8).expand(2, -1), sentence(4, seed=1).expand(4, -1)
+    method = LayerGlobEnc(model, model.bert.embeddings)
+    expected = method.attribute(few, 1, None, True)
+    problems: list[str] = []
+    done = threading.Event()
+
+    def use() -> None:
+        while not done.is_set():
+            with torch.no_grad():
+                model(many)
+
+    def explain(ids: torch.Tensor) -> None:
+        for _ in range(20):
+            found = method.attribute(ids, 1, None, True)
+            if found.shape != ids.shape:
+                problems.append(f"{tuple(found.shape)} for {tuple(ids.shape)}")
+            elif ids is few and not torch.allclose(found, expected, rtol=1e-10):
+                problems.append("scores")
+
+    user = threading.Thread(target=use)
+    workers = [threading.Thread(target=explain, args=(ids,)) for ids in (few, many)]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in (user, *workers):
+            thread.start()
+        for worker in workers:
+            worker.join()
+    finally:
+        done.set()
+        user.join()
+        sys.setswitchinterval(before)
+    assert not problems
+    assert not left_behind(model)
 
 
 def test_layers_outside_the_encoder() -> None:

@@ -13,9 +13,6 @@ from captum_globenc.capture import Captured
 from captum_globenc.errors import InputError
 from captum_globenc.records import EncoderRecord
 
-# Question answering (start and end logits) and ELECTRA's discriminator.
-_HEADS_OF_ONE_LOGIT_PER_TOKEN = {"qa_outputs", "discriminator_predictions"}
-
 TokenIndex = int | Tensor | Literal["mean"] | None
 
 
@@ -24,11 +21,9 @@ def as_tensors(inputs: object) -> tuple[Tensor, ...]:
     tensors = inputs if isinstance(inputs, tuple) else (inputs,)
     for tensor in tensors:
         if not isinstance(tensor, Tensor):
-            shown = repr(tensor)
-            shown = shown if len(shown) <= 60 else shown[:57] + "..."
             raise InputError(
                 "inputs must be a torch.Tensor or a tuple of them, got "
-                f"{type(tensor).__name__}: {shown}"
+                f"{type(tensor).__name__}: {shown(tensor)}"
             )
     if not tensors:
         raise InputError("inputs must hold at least one tensor, got ().")
@@ -49,15 +44,53 @@ def as_tensors(inputs: object) -> tuple[Tensor, ...]:
     return tensors
 
 
-def check_length_of_target(target: Any, batch: int) -> None:
-    """Raise AssertionError, as Captum does, where target and inputs do not agree."""
-    several = isinstance(target, list) or (
-        isinstance(target, Tensor) and target.numel() > 1
-    )
-    if several and len(target) != batch:
+def check_target(target: Any, batch: int) -> None:
+    """Raise AssertionError, as Captum does, where target is not legal."""
+    if isinstance(target, Tensor):
+        whole = not (target.is_floating_point() or target.dtype == torch.bool)
+        if not whole or target.ndim > 1:
+            raise AssertionError(
+                "a target tensor must hold integers, one for all examples or one for "
+                f"each, got {target.dtype} of shape {tuple(target.shape)}."
+            )
+        length = target.numel() if target.numel() != 1 else batch
+    elif isinstance(target, list):
+        kinds = {type(element) for element in target}
+        if kinds == {tuple}:
+            legal = all(_is_index(part) for element in target for part in element)
+        else:
+            legal = all(_is_index(element) for element in target)
+        if not legal:
+            raise AssertionError(
+                "a target list must hold integers only or tuples of integers only, got "
+                f"{shown(target)}."
+            )
+        length = len(target)
+    elif (
+        target is None
+        or _is_index(target)
+        or (isinstance(target, tuple) and target and all(map(_is_index, target)))
+    ):
+        return
+    else:
         raise AssertionError(
-            f"target has {len(target)} elements, and inputs have {batch} examples."
+            "target must be None, an int, a tuple of ints, or a list or tensor of one "
+            f"per example, got {type(target).__name__}: {shown(target)}."
         )
+    if length != batch:
+        raise AssertionError(
+            f"target has {length} elements, and inputs have {batch} examples."
+        )
+
+
+def _is_index(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def shown(value: object) -> str:
+    """A value for an error message: one line, not too long."""
+    line = " ".join(repr(value).split())
+    return line if len(line) <= 60 else line[:57] + "..."
 
 
 def share(value: Any, chosen: slice, batch: int) -> Any:
@@ -91,18 +124,22 @@ def output_tensor(output: Any) -> Tensor:
 def check_seen(inputs: Tensor, run: EncoderRecord) -> None:
     """Raise where the encoder did not see the inputs as its tokens or its images.
 
-    Multiple-choice models fold ids of (batch, choices, tokens) into one batch.
+    Multiple-choice models fold (batch, choices, ...) into one batch.
     """
-    if inputs.is_floating_point() and inputs.ndim == 4:
-        fits = run.grid is not None and run.shape[0] == len(inputs)
-    elif inputs.is_floating_point():
-        fits = run.grid is None and run.shape == inputs.shape[:2]
+    if run.grid is not None:
+        fits = inputs.ndim == 4 and run.shape[0] == len(inputs)
+        if fits and not inputs.is_floating_point():
+            raise InputError(
+                f"images must be floating point to be attributed, got {inputs.dtype}: "
+                "pass images.float()."
+            )
     else:
-        fits = run.shape == (inputs.shape[:-1].numel(), inputs.shape[-1])
+        tokens = inputs.shape[:-1] if inputs.is_floating_point() else inputs.shape
+        fits = run.shape == (tokens[:-1].numel(), tokens[-1])
     if not fits:
         seen = f"(batch, tokens) = {run.shape}"
         if run.grid is not None:
-            seen += f", an image of {run.grid[0]} by {run.grid[1]} patches each"
+            seen += f", images of {run.grid.rows} by {run.grid.columns} patches"
         raise InputError(
             f"inputs have shape {tuple(inputs.shape)} and the encoder saw {seen}; "
             "inputs must be its ids (batch, tokens), embeddings (batch, tokens, "
@@ -112,32 +149,56 @@ def check_seen(inputs: Tensor, run: EncoderRecord) -> None:
 
 def token_of_target(captured: Captured[Any], target: TargetType) -> TokenIndex:
     """The token that a token-level head reads; None for other heads."""
-    if target is None or not _is_per_token(captured):
+    output = output_tensor(captured.output)
+    if output.ndim == 1:
+        return _token_of_largest(output, captured)
+    if target is None or not _is_per_token(output, captured):
         return None
     if isinstance(target, Tensor):
         return target
     targets = target if isinstance(target, list) else [target]
     chosen = [t[0] if isinstance(t, tuple) else t for t in targets]
-    if not all(isinstance(token, int) for token in chosen):
-        raise InputError(
-            f"target {target!r} names no token of the output of shape "
-            f"{tuple(output_tensor(captured.output).shape)}: pass token_index."
-        )
     if isinstance(target, list):
         return torch.tensor(chosen, device=captured.run.attended.device)
     return int(chosen[0])
 
 
-def _is_per_token(captured: Captured[Any]) -> bool:
+def _is_per_token(output: Tensor, captured: Captured[Any]) -> bool:
     """Whether the output has a row, or a single logit, for every token."""
-    output = output_tensor(captured.output)
     if tuple(output.shape[:2]) != captured.run.shape:
         return False
-    # (batch, tokens) could as well be (batch, classes): the model's head decides.
-    return output.ndim > 2 or any(
-        name.rpartition(".")[2] in _HEADS_OF_ONE_LOGIT_PER_TOKEN
-        for name, _ in captured.encoder.root.named_modules()
+    if output.ndim > 2:
+        return True
+    # (batch, tokens) could as well be (batch, classes): it is per token where it ranks
+    # the tokens as a head of one logit per token does (softmax keeps the order).
+    attended = captured.run.attended
+    return any(
+        torch.equal(_order(output, attended), _order(logits, attended))
+        for logits in captured.token_logits
     )
+
+
+def _order(values: Tensor, attended: Tensor) -> Tensor:
+    hidden = values.detach().masked_fill(~attended, -torch.inf)
+    return hidden.argsort(dim=-1, stable=True)
+
+
+def _token_of_largest(output: Tensor, captured: Captured[Any]) -> Tensor | None:
+    """The token whose logit the output is, as in Captum's question answering."""
+    for logits in captured.token_logits:
+        largest = logits.max(-1)
+        if largest.values.shape == output.shape and torch.equal(
+            largest.values, output.detach()
+        ):
+            attended = captured.run.attended.gather(1, largest.indices[:, None])[:, 0]
+            if not attended.all():
+                raise InputError(
+                    f"the largest logit of example {int(attended.int().argmin())} is "
+                    "that of a padding token: mask the logits in forward_func, or pass "
+                    "token_index."
+                )
+            return largest.indices
+    return None
 
 
 def start_of(

@@ -20,7 +20,7 @@ from captum_globenc.aggregation import Decomposition, blocks
 from captum_globenc.attribution.arguments import (
     TokenIndex,
     as_tensors,
-    check_length_of_target,
+    check_target,
     output_tensor,
     share,
 )
@@ -57,7 +57,8 @@ class GlobEnc(EncoderAttribution):
             ``captum_globenc.LOCAL_SCORES``: ``"W"``, ``"W_FIXED_RES"``, ``"W_RES"``,
             ``"N"``, ``"N_FIXED_RES"``, ``"N_RES"``, ``"N_RES_LN"`` or ``"N_ENC"``.
             Default: ``"N_ENC"``, the method of the paper.
-        normalize (bool, optional): scores of an example sum to 1. Default: False.
+        normalize (bool, optional): scores of an example's tokens sum to 1, of an
+            image's with those of the special tokens. Default: False.
 
     Examples::
 
@@ -89,22 +90,24 @@ class GlobEnc(EncoderAttribution):
         Args:
             inputs (Tensor or tuple[Tensor, ...]): input ids, (batch, tokens);
                 embeddings, (batch, tokens, hidden); images, (batch, channels, height,
-                width); or for multiple choice ids of shape (batch, choices, tokens),
-                every choice explained by itself. In a tuple the first tensor is that;
-                the others (token types, positions, ...) are passed on and get zeros of
-                their shape.
+                width); or for multiple choice either of the first two with (batch,
+                choices, ...), every choice explained by itself. In a tuple the first
+                tensor is that; the others (token types, positions, ...) are passed on
+                and get zeros of their shape.
             target (int, tuple, Tensor, or list, optional): as for Captum's methods. It
                 must be valid for the output and does not change the scores, but for an
                 output per token, (batch, tokens, classes) or the start and end logits
                 (batch, tokens) of question answering, where it names the token to
-                explain: an int, or the first element of a tuple. Default: None.
+                explain: an int, or the first element of a tuple. Where the output is
+                the largest start or end logit, (batch), its token is explained.
+                Default: None.
             additional_forward_args (Any, optional): further arguments of
                 ``forward_func``, such as ``(attention_mask,)``. Default: None.
             token_index (int, Tensor, "mean", optional): the token of the last layer to
-                explain: one position for all examples, a LongTensor (batch), or the
-                mean over all tokens. Default: the token that the head reads, which is
-                the one in ``target`` for an output per token, and otherwise the first
-                attended token ([CLS]).
+                explain: one position for all examples, a LongTensor (batch), for
+                multiple choice (batch × choices), or the mean over all tokens. Default:
+                the token that the head reads, which is the one in ``target`` for an
+                output per token, and otherwise the first attended token ([CLS]).
             internal_batch_size (int, optional): run at most so many examples at once.
                 Default: all.
 
@@ -114,8 +117,9 @@ class GlobEnc(EncoderAttribution):
               exactly 0 at padding;
             - for embeddings, (batch, tokens, hidden), whose sum over the last dimension
               is the token score;
-            - for images, the score of each patch spread over its pixels and channels.
-              The special tokens' share is in none.
+            - for images, the score of each patch spread over its pixels and channels,
+              and 0 at a margin that makes no whole patch. The special tokens' share is
+              in none.
 
             Scores too large for the dtype are scaled per example; ratios are kept.
 
@@ -131,7 +135,7 @@ class GlobEnc(EncoderAttribution):
         size = batch if internal_batch_size is None else internal_batch_size
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise InputError(f"internal_batch_size must be at least 1, got {size!r}.")
-        check_length_of_target(target, batch)
+        check_target(target, batch)
         parts = []
         for start in range(0, batch, size):
             chosen = slice(start, start + size)

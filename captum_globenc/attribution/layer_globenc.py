@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -21,10 +22,14 @@ from captum_globenc.architectures import Encoder
 from captum_globenc.attribution.arguments import (
     TokenIndex,
     as_tensors,
-    check_length_of_target,
+    check_target,
+    shown,
 )
 from captum_globenc.attribution.base import EncoderAttribution
 from captum_globenc.errors import InputError
+
+# What the tokens are called where a layer is called with keywords.
+_TOKEN_ARGUMENTS = ("input_ids", "inputs_embeds", "pixel_values", "hidden_states")
 
 
 class LayerGlobEnc(EncoderAttribution, LayerAttribution):
@@ -78,7 +83,7 @@ class LayerGlobEnc(EncoderAttribution, LayerAttribution):
             if not isinstance(part, nn.Module):
                 raise TypeError(
                     "layer must be an nn.Module or a list of them, got "
-                    f"{type(part).__name__}: {part!r}"
+                    f"{type(part).__name__}: {shown(part)}"
                 )
         if not layers:
             raise InputError("layer must name at least one module, got [].")
@@ -114,8 +119,9 @@ class LayerGlobEnc(EncoderAttribution, LayerAttribution):
             *Tensor* or, for a list of layers, *list[Tensor]* of **attributions**: for
             hidden states (batch, tokens, hidden), equal over hidden, whose sum over it
             is the score of the token at that layer; for a layer input that is ids or an
-            image, its shape, as in :meth:`captum_globenc.GlobEnc.attribute`. Scores too
-            large for the dtype are scaled per example.
+            image, its shape, as in :meth:`captum_globenc.GlobEnc.attribute`. For
+            multiple choice, batch × choices rows. Scores too large for the dtype are
+            scaled per example.
 
         Raises:
             InputError: a layer that is not part of the encoder, or that did not run;
@@ -126,7 +132,7 @@ class LayerGlobEnc(EncoderAttribution, LayerAttribution):
         """
         tensors = as_tensors(inputs)
         arguments = format_additional_forward_args(additional_forward_args) or ()
-        check_length_of_target(target, tensors[0].shape[0])
+        check_target(target, tensors[0].shape[0])
         layers = self.layer if isinstance(self.layer, list) else [self.layer]
         with torch.no_grad(), _observed(layers, attribute_to_layer_input) as seen:
             rows, captured = self._sweep(tensors, target, arguments, token_index)
@@ -163,11 +169,16 @@ def _depth(layer: nn.Module, encoder: Encoder, inputs: bool) -> int:
 def _observed(
     layers: list[nn.Module], inputs: bool
 ) -> Iterator[dict[nn.Module, Tensor]]:
-    """The first tensor that goes into, or comes out of, each layer."""
+    """The tokens that go into each layer, or what comes out of it."""
     seen: dict[nn.Module, Tensor] = {}
+    thread = threading.get_ident()
 
     def keep(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        values = [*args, *kwargs.values()] if inputs else _flat(output)
+        # Another thread may use the model at the same time.
+        if threading.get_ident() != thread:
+            return
+        named = [kwargs.get(name) for name in _TOKEN_ARGUMENTS]
+        values = [*args, *named, *kwargs.values()] if inputs else _flat(output)
         for value in values:
             if isinstance(value, Tensor):
                 seen[module] = value.detach()
