@@ -19,6 +19,7 @@ from captum_globenc.errors import GlobEncError, InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from captum_globenc.evaluation import BenchmarkResult
     from captum_globenc.explanation import Explanation
 
 app = typer.Typer(
@@ -136,7 +137,7 @@ def explain(
         explanation = explain_text(
             *_load(model),
             text,
-            [name.strip() for name in methods.split(",") if name.strip()],
+            _names(methods),
             local=local,
             target=target,
             truncate=truncate,
@@ -151,6 +152,138 @@ def explain(
         _print(explanation)
     if html is not None:
         typer.echo(f"Wrote {html}", err=as_json)
+
+
+_BENCHMARK_EXAMPLES = """
+[bold]Examples[/]
+
+  captum-globenc benchmark
+
+  captum-globenc benchmark --model path/to/classifier --data reviews.csv --label-column label --methods globenc,integrated_gradients,saliency --limit 500 --output report/
+
+  captum-globenc benchmark --preset paper --output report/
+"""  # noqa: E501
+
+
+@app.command(epilog=_BENCHMARK_EXAMPLES)
+def benchmark(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH_OR_NAME",
+            help="Folder or Hugging Face name of a sequence classifier "
+            "(default: the film-review classifier that ships with the package).",
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Texts: .csv, .tsv, .jsonl, .parquet or .txt, or "
+            "hub:NAME[:CONFIG][:SPLIT] (default: 200 held-out sentences that ship "
+            "with the package).",
+        ),
+    ] = None,
+    text_column: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Where texts are (text).")
+    ] = None,
+    pair_column: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Where second sentences are.")
+    ] = None,
+    label_column: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Where labels are, for the accuracy."),
+    ] = None,
+    preset: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="default; full: every method; paper: every local score, layer by "
+            "layer; paper-sst2, paper-mnli, paper-hatexplain: that on the paper's "
+            "models and data, from the hub.",
+        ),
+    ] = "default",
+    methods: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,...", help="Instead of the preset's; see explain."),
+    ] = None,
+    measures: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="Instead of the preset's: rank_correlation, aopc, comprehensiveness, "
+            "sufficiency, log_odds, leave_one_out_tau, infidelity, sensitivity.",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", help="The first N texts (default: all).")
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(metavar="N", help="So many texts at once.")
+    ] = 16,
+    processes: Annotated[
+        int, typer.Option(metavar="N", help="So many processes at once.")
+    ] = 1,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Write tables, figures and a page here. An interrupted run goes on "
+            "from what it has saved.",
+        ),
+    ] = None,
+) -> None:
+    """Measure attribution methods side by side on a classifier's texts."""
+    try:
+        from captum_globenc import evaluation
+    except ImportError as error:
+        _fail(str(error))
+    _mute_transformers()
+    try:
+        if preset not in evaluation.PRESETS:
+            known = ", ".join(evaluation.PRESETS)
+            raise InputError(f"unknown preset {preset!r}; known: {known}.")
+        chosen = evaluation.PRESETS[preset]
+        own_data = data or chosen.data
+        result = evaluation.benchmark(
+            *_load(model or chosen.model),
+            own_data or _shipped_sentences(),
+            _names(methods) or chosen.methods,
+            measures=_names(measures) or chosen.measures,
+            per_layer=chosen.per_layer,
+            text_column=text_column or (chosen.text_column if not data else "text"),
+            pair_column=pair_column or (chosen.pair_column if not data else None),
+            # A file has labels where it is said; those of a preset are known.
+            label_column=label_column or (None if data else chosen.label_column),
+            limit=limit,
+            batch_size=batch_size,
+            processes=processes,
+            output=output,
+        )
+    except GlobEncError as error:
+        _fail(str(error))
+    _print_result(result)
+    if output is not None:
+        typer.echo(f"Wrote {output / 'index.html'}")
+
+
+def _names(given: str | None) -> list[str]:
+    return [name.strip() for name in (given or "").split(",") if name.strip()]
+
+
+def _shipped_sentences() -> list[tuple[str, int]]:
+    from captum_globenc import demo
+
+    return demo.held_out_sentences()
+
+
+def _print_result(result: BenchmarkResult) -> None:
+    from rich.console import Console
+
+    from captum_globenc.evaluation.terminal import to_terminal
+
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    Console().print(to_terminal(result))
 
 
 def _load(

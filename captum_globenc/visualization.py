@@ -82,7 +82,7 @@ def to_html(explanation: Explanation) -> str:
             "seconds": method.seconds,
             "tokens": [
                 {
-                    "text": _visible(token),
+                    "text": visible(token),
                     "score": score,
                     "number": _number(strength),
                     "strength": strength,
@@ -218,7 +218,7 @@ def _one_row(name: str, values: Tensor) -> Tensor:
 
 
 def _escaped(text: str) -> str:
-    return html.escape(_visible(text))
+    return html.escape(visible(text))
 
 
 @dataclass(frozen=True)
@@ -287,8 +287,8 @@ def _title(method: MethodScores, local: str) -> str:
 def _described(output: ClassScore) -> str:
     """``positive (99.5%)``, or the value of a regression."""
     if output.probability is None:
-        return f"{_visible(output.label)} = {output.logit:.4g}"
-    return f"{_visible(output.label)} ({output.probability:.1%})"
+        return f"{visible(output.label)} = {output.logit:.4g}"
+    return f"{visible(output.label)} ({output.probability:.1%})"
 
 
 def _strengths(method: MethodScores) -> list[float]:
@@ -311,7 +311,7 @@ def _style(strength: float) -> Style:
     return Style(color=_LETTERS, bgcolor=Color.from_rgb(*ground))
 
 
-def _visible(token: str) -> str:
+def visible(token: str) -> str:
     """No control characters: a terminal would obey them."""
     return "".join(
         "\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) == "Cc" else c
@@ -336,7 +336,7 @@ def _in_line(token: str) -> str:
     Terminals that reorder right-to-left text would else take words away from their
     numbers.
     """
-    shown = _visible(token)
+    shown = visible(token)
     if any(unicodedata.bidirectional(c) in ("R", "AL") for c in shown):
         return _LEFT_TO_RIGHT_MARK + shown
     return shown

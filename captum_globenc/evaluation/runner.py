@@ -1,0 +1,356 @@
+"""The benchmark: any methods, the same texts, the same measures."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import pickle
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from captum_globenc.architectures import find_encoder, unsupported
+from captum_globenc.errors import InputError
+from captum_globenc.evaluation import cost
+from captum_globenc.evaluation.data import Example, read_examples
+from captum_globenc.evaluation.presets import PRESETS
+from captum_globenc.evaluation.result import BenchmarkResult
+from captum_globenc.evaluation.scoring import (
+    DEFAULT_MEASURES,
+    MEASURES,
+    Judge,
+    Record,
+)
+from captum_globenc.evaluation.store import Store
+from captum_globenc.explanation import evaluating
+from captum_globenc.methods import methods_named, scorer_of
+
+_COST_TEXTS = 20
+_PERTURBED_AT_ONCE = 64
+
+
+def benchmark(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: object,
+    methods: Mapping[str, Any] | Iterable[str] = PRESETS["default"].methods,
+    *,
+    measures: Sequence[str] = DEFAULT_MEASURES,
+    per_layer: bool = False,
+    text_column: str = "text",
+    pair_column: str | None = None,
+    label_column: str | None = None,
+    limit: int | None = None,
+    batch_size: int = 16,
+    processes: int = 1,
+    output: str | Path | None = None,
+    cost_texts: int = _COST_TEXTS,
+    progress: bool = True,
+) -> BenchmarkResult:
+    r"""Measure attribution methods side by side on a classifier.
+
+    Every method explains the predicted class of every text and gets the attention mask.
+    Its scores at padding count for nothing; special tokens count for the rank
+    correlation only, as in the GlobEnc paper, and are never masked or removed.
+
+    Args:
+        model (PreTrainedModel): a sequence classifier with a supported encoder.
+        tokenizer (PreTrainedTokenizerBase): its tokenizer.
+        texts (sequence, str, Path or data set): texts, (text, label) tuples, a file or
+            a data set, as for
+            :func:`captum_globenc.evaluation.data.read_examples`. Texts that are longer
+            than the model's positions are cut.
+        methods (mapping or iterable of str, optional): names of
+            ``captum_globenc.methods.METHODS``; or name → such a name, an object with
+            Captum's ``attribute``, or a function (ids, mask, target) → scores, which
+            for pairs gets the token types as a fourth argument. See
+            :func:`captum_globenc.methods.scorer_of` for how an object is called and
+            reduced to one score per token. Default: the methods of the preset
+            ``"default"``.
+        measures (sequence of str, optional): of ``MEASURES``. Default: all but
+            infidelity and sensitivity, which attribute every text several times over.
+        per_layer (bool, optional): also the rank correlation of every local score in
+            every layer. Default: False.
+        text_column (str, optional): where a file's texts are. Default: ``"text"``.
+        pair_column (str, optional): where second sentences are. Default: none.
+        label_column (str, optional): where labels are, for the accuracy. Default: none;
+            for tuples their second element.
+        limit (int, optional): so many texts. Default: all.
+        batch_size (int, optional): so many texts at once; results do not depend on it
+            but for rounding. Default: 16.
+        processes (int, optional): so many at once, each with its own copy of the model;
+            the threads are shared out among them. Methods that are no names must be
+            such that they can be pickled. Results do not depend on it. Default: 1.
+        output (str or Path, optional): a folder. What has been measured is kept there,
+            batch by batch; called again with the same settings, the run goes on where
+            it was interrupted. The result is saved there in the end. Default: none.
+        cost_texts (int, optional): measure the cost on so many of the first texts; 0:
+            not at all. Default: 20.
+        progress (bool, optional): show a progress bar. Default: True.
+
+    Returns:
+        *BenchmarkResult*.
+
+    Raises:
+        InputError: texts, methods, measures or numbers that make no benchmark.
+        UnsupportedModelError: no supported encoder.
+        NonFiniteActivationError: NaN or infinity from the model or a method.
+    """
+    for name, number, least in [
+        ("batch_size", batch_size, 1),
+        ("processes", processes, 1),
+        ("cost_texts", cost_texts, 0),
+    ]:
+        if isinstance(number, bool) or not isinstance(number, int) or number < least:
+            raise InputError(f"{name} must be at least {least}, got {number!r}.")
+    if unknown := [measure for measure in measures if measure not in MEASURES]:
+        raise InputError(
+            f"unknown measure {unknown[0]!r}; known: {', '.join(MEASURES)}."
+        )
+    chosen = _chosen(methods)
+    encoder = find_encoder(model)
+    if encoder is None:
+        raise unsupported(model)
+    plan = _Plan(
+        model=model,
+        tokenizer=tokenizer,
+        methods=chosen,
+        measures=tuple(measures),
+        per_layer=per_layer,
+        max_tokens=encoder.max_tokens,
+    )
+    if label_column is None and _are_labelled(texts):
+        label_column = "label"
+    examples = read_examples(
+        texts,
+        text_column=text_column,
+        pair_column=pair_column,
+        label_column=label_column,
+        labels=model.config.id2label,
+        limit=limit,
+    )
+    described = {name: _described(method) for name, method in chosen.items()}
+    settings = {
+        "model": model.name_or_path and Path(model.name_or_path).name,
+        "weights": _fingerprint(model),
+        "data": _data_name(texts),
+        "limit": limit,
+        "methods": described,
+        "measures": list(measures),
+        "per_layer": per_layer,
+        "columns": [text_column, pair_column, label_column],
+    }
+    store = Store(None if output is None else Path(output), settings)
+    first = list(islice(examples, max(1, cost_texts)))
+    with evaluating(model):
+        if cost_texts and store.cost is None:
+            judge = plan.judge()
+            head = judge.tokenize([e.text for e in first], _pairs(first))
+            store.add_cost(cost.measure(model, judge.scorers, head))
+        waiting = _batches(_chain(first, examples), batch_size, store.records)
+        done = tqdm(
+            desc="benchmark",
+            unit=" texts",
+            initial=len(store.records),
+            total=limit if limit is not None else _length(texts),
+            disable=not progress,
+        )
+        with done:
+            for records in _run(plan, waiting, processes):
+                store.add(records)
+                done.update(len(records))
+    result = BenchmarkResult(
+        records=[store.records[index] for index in sorted(store.records)],
+        cost=store.cost or {},
+        methods=described,
+        measures=tuple(measures),
+        settings={
+            **{k: v for k, v in settings.items() if k != "methods"},
+            "encoder": encoder.module.config.model_type,  # type: ignore[union-attr]
+            "layers": len(encoder.layers),
+            "device": str(model.device),
+            "dtype": str(model.dtype),
+            "versions": {
+                name: version(name)
+                for name in ("captum_globenc", "captum", "torch", "transformers")
+            },
+        },
+    )
+    if output is not None:
+        result.save(output)
+    return result
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a process needs to judge batches."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    methods: dict[str, Any]
+    measures: tuple[str, ...]
+    per_layer: bool
+    max_tokens: int | None
+
+    def judge(self) -> Judge:
+        scorers = {}
+        for name, method in self.methods.items():
+            if isinstance(method, str):
+                (named,) = methods_named(method).values()
+                scorers[name] = named.build(self.model, self.tokenizer)
+            else:
+                scorers[name] = scorer_of(method, self.model, self.tokenizer)
+        return Judge(
+            model=self.model,
+            tokenizer=self.tokenizer,
+            scorers=scorers,
+            measures=self.measures,
+            per_layer=self.per_layer,
+            max_tokens=self.max_tokens,
+            batch_size=_PERTURBED_AT_ONCE,
+        )
+
+
+def _chosen(methods: Mapping[str, Any] | Iterable[str]) -> dict[str, Any]:
+    """Name → method, each checked as far as it can be."""
+    if not isinstance(methods, Mapping):
+        return {name: name for name in methods_named(methods)}
+    if not methods:
+        raise InputError("no method asked for.")
+    for method in methods.values():
+        if isinstance(method, str):
+            methods_named(method)
+        elif not hasattr(method, "attribute") and not callable(method):
+            raise InputError(
+                "a method must be a name, have Captum's attribute, or be a function "
+                f"(ids, mask, target) → scores, got {type(method).__name__}."
+            )
+    return dict(methods)
+
+
+def _described(method: Any) -> str:
+    if isinstance(method, str):
+        return next(iter(methods_named(method).values())).reduction
+    if hasattr(method, "attribute"):
+        inner = getattr(method, "attribution_method", method)
+        around = "" if inner is method else f"{type(method).__name__} of "
+        return f"{around}{type(inner).__name__}; sum over hidden"
+    return f"the function {getattr(method, '__qualname__', type(method).__name__)}"
+
+
+def _batches(
+    examples: Iterable[Example], size: int, done: Mapping[int, Record]
+) -> Iterator[list[Example]]:
+    waiting = (example for example in examples if example.index not in done)
+    while batch := list(islice(waiting, size)):
+        yield batch
+
+
+def _chain(first: list[Example], rest: Iterator[Example]) -> Iterator[Example]:
+    yield from first
+    yield from rest
+
+
+def _pairs(examples: list[Example]) -> list[str] | None:
+    pairs = [example.pair for example in examples if example.pair is not None]
+    return pairs or None
+
+
+def _judged(judge: Judge, batch: list[Example]) -> list[Record]:
+    texts = judge.tokenize([example.text for example in batch], _pairs(batch))
+    return [
+        {"index": example.index, "label": example.label, **record}
+        for example, record in zip(batch, judge.records(texts), strict=True)
+    ]
+
+
+def _run(
+    plan: _Plan, batches: Iterator[list[Example]], processes: int
+) -> Iterator[list[Record]]:
+    """The records of each batch, as soon as they are there."""
+    if processes == 1:
+        judge = plan.judge()
+        for batch in batches:
+            yield _judged(judge, batch)
+        return
+    try:
+        sent = pickle.dumps(plan)
+    except Exception as error:  # whatever a method's parts raise
+        raise InputError(
+            f"a method or the model cannot be sent to another process ({error}): use "
+            "methods by name, or processes=1."
+        ) from error
+    # Not fork: torch's threads do not survive it.
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, torch.get_num_threads() // processes)
+    with ProcessPoolExecutor(
+        processes, mp_context=context, initializer=_prepare, initargs=(sent, threads)
+    ) as pool:
+        # A few at a time: the texts may be more than fit into memory.
+        running: set[Future[list[Record]]] = set()
+        for batch in batches:
+            running.add(pool.submit(_judge_in_worker, batch))
+            if len(running) >= 2 * processes:
+                finished, running = wait(running, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in finished)
+        while running:
+            finished, running = wait(running, return_when=FIRST_COMPLETED)
+            yield from (future.result() for future in finished)
+
+
+_judge: Judge | None = None  # of a worker process
+
+
+def _prepare(sent: bytes, threads: int) -> None:
+    global _judge
+    torch.set_num_threads(threads)
+    plan = pickle.loads(sent)
+    _judge = plan.judge()
+
+
+def _judge_in_worker(batch: list[Example]) -> list[Record]:
+    assert _judge is not None
+    return _judged(_judge, batch)
+
+
+def _fingerprint(model: PreTrainedModel) -> str:
+    """A few numbers of every parameter, hashed: another model is another run."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().double().cpu()
+        digest.update(f"{name} {tuple(values.shape)} {values.sum():.6e}".encode())
+    return digest.hexdigest()[:12]
+
+
+def _are_labelled(texts: object) -> bool:
+    return (
+        isinstance(texts, list | tuple) and bool(texts) and isinstance(texts[0], tuple)
+    )
+
+
+def _data_name(texts: object) -> str:
+    """What tells one set of texts from another, without a whole path."""
+    if isinstance(texts, str) and texts.startswith("hub:"):
+        return texts
+    if isinstance(texts, str | Path):
+        size = os.path.getsize(texts) if os.path.exists(texts) else 0
+        return f"{Path(texts).name} ({size} bytes)"
+    if isinstance(texts, list | tuple):
+        digest = hashlib.sha256(repr(texts).encode("utf-8", "replace")).hexdigest()
+        return f"{len(texts)} texts ({digest[:12]})"
+    return str(getattr(texts, "_fingerprint", None) or type(texts).__name__)
+
+
+def _length(texts: object) -> int | None:
+    if isinstance(texts, str | Path) or not hasattr(texts, "__len__"):
+        return None
+    return len(texts)

@@ -1,0 +1,493 @@
+"""The benchmark as a whole: methods, records, resuming, processes, errors."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from captum.attr import (
+    FeatureAblation,
+    InputXGradient,
+    IntegratedGradients,
+    LayerIntegratedGradients,
+    NoiseTunnel,
+    Saliency,
+)
+
+pytest.importorskip("pandas")
+
+from captum_globenc import LOCAL_SCORES, GlobEnc, InputError, demo
+from captum_globenc.evaluation import MEASURES, PRESETS, benchmark
+from captum_globenc.evaluation.scoring import Judge
+from captum_globenc.methods import METHODS, scorer_of
+from tests.conftest import left_behind
+
+TEXTS = [
+    ("A lovely film, full of wit, that never becomes dull.", 1),
+    ("Dull.", 0),
+    ("Too long and too loud, but the ending almost saves it.", 0),
+    ("A warm and funny comedy.", 1),
+    ("No.", 0),
+]
+QUIET = {"progress": False, "cost_texts": 0}
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return demo.load_classifier()
+
+
+def judge(loaded, methods=(), measures=MEASURES[:6], per_layer=False) -> Judge:
+    scorers = {name: METHODS[name].build(*loaded) for name in methods}
+    return Judge(*loaded, scorers, measures, per_layer, 256, 64)
+
+
+@pytest.fixture(scope="module")
+def batch(loaded):
+    return judge(loaded).tokenize([text for text, _ in TEXTS])
+
+
+# Methods
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_no_method_is_fed_padding(loaded, batch, name: str) -> None:
+    """A batch gives what single texts give, and every forward pass gets the mask."""
+    model, tokenizer = loaded
+    scorer = METHODS[name].build(model, tokenizer)
+    target = torch.tensor([1, 0, 0, 1, 0])
+    seen: list[bool] = []
+
+    def look(_, args, kwargs) -> None:
+        ids = kwargs.get("input_ids")
+        tokens = ids if ids is not None else kwargs["inputs_embeds"]
+        mask = kwargs["attention_mask"]
+        assert mask.shape == tokens.shape[:2]
+        # One and the same for all the rows of a text; nothing but the text's own.
+        lengths = set(mask.sum(-1).tolist())
+        assert lengths <= set(batch.attention_mask.sum(-1).tolist())
+        seen.append(True)
+
+    hook = model.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        together = scorer(batch.input_ids, batch.attention_mask, target)
+    finally:
+        hook.remove()
+    assert seen or name == "random"
+    assert not together.requires_grad
+    assert together.shape == batch.input_ids.shape
+    assert not together[batch.attention_mask == 0].any()
+    for row in range(len(TEXTS)):
+        used = batch.attention_mask[row].bool()
+        ids = batch.input_ids[row : row + 1, used]
+        alone = scorer(ids, torch.ones_like(ids), target[row : row + 1])[0]
+        largest = alone.abs().max()
+        torch.testing.assert_close(
+            together[row, used], alone, rtol=1e-4, atol=1e-4 * float(largest)
+        )
+    # The same again: what is drawn at random is drawn alike.
+    again = scorer(batch.input_ids, batch.attention_mask, target)
+    torch.testing.assert_close(again, together, rtol=1e-5, atol=1e-7)
+    assert not left_behind(model)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_method_that_is_fed_padding_is_caught(loaded, batch) -> None:
+    """The test above would see it: without a mask the scores change."""
+    model, _ = loaded
+
+    def without_mask(embeddings, mask):
+        return model(inputs_embeds=embeddings).logits
+
+    method = scorer_of(InputXGradient(without_mask), *loaded)
+    target = torch.tensor([1, 0, 0, 1, 0])
+    together = method(batch.input_ids, batch.attention_mask, target)
+    ids = batch.input_ids[1:2, batch.attention_mask[1].bool()]
+    alone = method(ids, torch.ones_like(ids), target[1:2])[0]
+    assert together[1, len(alone) :].abs().max() > 0
+    assert not torch.allclose(together[1, : len(alone)], alone, rtol=0.01)
+
+
+@pytest.mark.parametrize("name", ["integrated_gradients", "gradient_shap", "occlusion"])
+def test_special_tokens_are_those_of_the_baseline(loaded, batch, name: str) -> None:
+    scores = METHODS[name].build(*loaded)(
+        batch.input_ids, batch.attention_mask, torch.zeros(5, dtype=torch.long)
+    )
+    assert not scores[~batch.candidates].any()
+    assert scores[batch.candidates].any()
+
+
+def test_random_numbers_outside_are_left_alone(loaded, batch) -> None:
+    import numpy as np
+
+    scorer = METHODS["gradient_shap"].build(*loaded)
+    torch.manual_seed(3)
+    np.random.seed(3)
+    expected = torch.rand(1), np.random.rand()
+    torch.manual_seed(3)
+    np.random.seed(3)
+    scorer(batch.input_ids[:1], batch.attention_mask[:1], torch.tensor([1]))
+    assert (torch.rand(1), np.random.rand()) == expected
+
+
+def test_feature_ablation_by_hand(loaded) -> None:
+    model, tokenizer = loaded
+    ids = tokenizer(TEXTS[3][0], return_tensors="pt")["input_ids"]
+    mask = torch.ones_like(ids)
+    found = METHODS["feature_ablation"].build(*loaded)(ids, mask, torch.tensor([1]))
+    with torch.no_grad():
+        full = model(ids, mask).logits[0, 1]
+        for token in range(1, ids.shape[1] - 1):
+            without = ids.clone()
+            without[0, token] = tokenizer.pad_token_id
+            drop = full - model(without, mask).logits[0, 1]
+            assert float(found[0, token]) == pytest.approx(float(drop), abs=1e-5)
+
+
+def test_attention_in_the_last_layer_by_hand(loaded, batch) -> None:
+    model = copy.deepcopy(loaded[0])
+    found = METHODS["attention_last"].build(model, loaded[1])(
+        batch.input_ids, batch.attention_mask, torch.zeros(5, dtype=torch.long)
+    )
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        weights = model(**batch.inputs, output_attentions=True).attentions[-1]
+    torch.testing.assert_close(found, weights.mean(1)[:, 0], rtol=1e-4, atol=1e-6)
+
+
+def test_captums_methods_are_called_as_they_want(loaded, batch) -> None:
+    model, _ = loaded
+
+    def on_ids(ids, mask):
+        return model(ids, attention_mask=mask).logits
+
+    def on_embeddings(embeddings, mask):
+        return model(inputs_embeds=embeddings, attention_mask=mask).logits
+
+    layer = model.get_input_embeddings()
+    target = torch.tensor([1, 0, 0, 1, 0])
+    given = batch.input_ids, batch.attention_mask, target
+    by_name = {
+        "integrated_gradients": IntegratedGradients(on_embeddings),
+        "feature_ablation": FeatureAblation(on_ids),
+        "N_ENC": GlobEnc(on_ids),
+        "input_x_gradient_sum": InputXGradient(on_embeddings),
+    }
+    for name, method in by_name.items():
+        found = scorer_of(method, *loaded)(*given)
+        expected = METHODS[name].build(*loaded)(*given)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    layered = scorer_of(LayerIntegratedGradients(on_ids, layer), *loaded)(*given)
+    expected = METHODS["integrated_gradients"].build(*loaded)(*given)
+    torch.testing.assert_close(layered, expected, rtol=1e-3, atol=1e-4)
+    tunnel = scorer_of(NoiseTunnel(Saliency(on_embeddings)), *loaded)(*given)
+    assert tunnel.shape == batch.input_ids.shape
+    with pytest.raises(TypeError, match="got int: 3"):
+        scorer_of(3, *loaded)
+
+
+# Records and measures
+
+
+def literal_drop(loaded, text: str, scores: list[float], hide) -> float:
+    """p(x) - p(perturbed) for the predicted class, one text, no batches."""
+    model, tokenizer = loaded
+    ids = tokenizer(text)["input_ids"]
+    with torch.no_grad():
+        full = model(torch.tensor([ids])).logits.softmax(-1)[0]
+        best = int(full.argmax())
+        changed = hide(ids, scores)
+        after = model(torch.tensor([changed])).logits.softmax(-1)[0, best]
+    return float(full[best] - after)
+
+
+def test_measures_of_a_text_against_a_literal_twin(loaded) -> None:
+    model, tokenizer = loaded
+    text = TEXTS[2][0]
+    found = benchmark(*loaded, [text, TEXTS[1][0]], ["saliency"], **QUIET).records[0]
+    ids = tokenizer(text)["input_ids"]
+    embeddings = model.get_input_embeddings()(torch.tensor([ids])).detach()
+    embeddings.requires_grad_()
+    logits = model(inputs_embeds=embeddings).logits[0]
+    best = int(logits.argmax())
+    slope = torch.autograd.grad(logits[best], embeddings)[0][0]
+    scores = slope.abs().sum(-1).tolist()
+    inner = sorted(range(1, len(ids) - 1), key=lambda token: -scores[token])
+
+    def mask_top(fraction):
+        chosen = inner[: math.floor(round(fraction * len(inner), 9))]
+        return lambda ids, _: [
+            tokenizer.mask_token_id if at in chosen else token
+            for at, token in enumerate(ids)
+        ]
+
+    def erase(fraction, keep):
+        chosen = inner[: math.ceil(round(fraction * len(inner), 9))]
+        ends = (0, len(ids) - 1)
+        return lambda ids, _: [
+            token
+            for at, token in enumerate(ids)
+            if at in ends or (at in chosen) == keep
+        ]
+
+    measured = found["methods"]["saliency"]
+    curve = [literal_drop(loaded, text, scores, mask_top(k / 10)) for k in range(1, 10)]
+    assert measured["curve"] == pytest.approx(curve, abs=1e-5)
+    assert measured["aopc"] == pytest.approx(sum(curve) / 9, abs=1e-5)
+    for name, keep in (("comprehensiveness", False), ("sufficiency", True)):
+        drops = [
+            literal_drop(loaded, text, scores, erase(k, keep))
+            for k in (0.01, 0.05, 0.1, 0.2, 0.5)
+        ]
+        assert measured[name] == pytest.approx(sum(drops) / 5, abs=1e-5)
+    assert found["predicted"] == best
+    assert found["tokens"] == len(ids)
+
+
+def test_the_reference_correlates_with_itself(loaded) -> None:
+    result = benchmark(*loaded, TEXTS, ["input_x_gradient"], **QUIET)
+    row = result.table.loc[("input_x_gradient", "rank_correlation")]
+    assert row["mean"] == pytest.approx(1)
+    assert row["n"] == 5
+    assert result.accuracy == 1
+
+
+def test_short_texts_and_undefined_numbers(loaded) -> None:
+    result = benchmark(*loaded, ["Dull", "No"], ["globenc"], **QUIET)
+    table = result.table.loc["globenc"]
+    # One token: nothing to rank, nothing masked.
+    assert table.loc["leave_one_out_tau", "n"] == 0
+    assert math.isnan(table.loc["leave_one_out_tau", "mean"])
+    assert table.loc["aopc", "mean"] == pytest.approx(0, abs=1e-6)
+    assert table.loc["comprehensiveness", "mean"] > 0
+    assert result.accuracy is None
+
+
+def test_constant_scores(loaded) -> None:
+    constant = {"constant": lambda ids, mask, target: torch.ones(ids.shape)}
+    result = benchmark(*loaded, TEXTS, constant, **QUIET)
+    assert result.table.loc[("constant", "rank_correlation"), "n"] == 0
+    assert result.table.loc[("constant", "aopc"), "n"] == 5
+    assert "test_constant_scores" in result.methods["constant"]
+
+
+def test_captums_metrics(loaded) -> None:
+    result = benchmark(
+        *loaded,
+        TEXTS[:2],
+        ["globenc", "random"],
+        measures=["infidelity", "sensitivity"],
+        **QUIET,
+    )
+    assert (result.table["mean"] >= 0).all()
+    again = benchmark(
+        *loaded,
+        TEXTS[:2],
+        ["globenc", "random"],
+        measures=["infidelity", "sensitivity"],
+        batch_size=1,
+        **QUIET,
+    )
+    torch.testing.assert_close(
+        torch.tensor(result.table.to_numpy(float)),
+        torch.tensor(again.table.to_numpy(float)),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_layers_are_rows_of_the_decomposition(loaded) -> None:
+    result = benchmark(
+        *loaded,
+        TEXTS[:1],
+        ["N_ENC"],
+        measures=["rank_correlation"],
+        per_layer=True,
+        **QUIET,
+    )
+    layers = result.layers.set_index(["local", "kind", "layer"])["mean"]
+    assert len(layers) == len(LOCAL_SCORES) * 2 * 3
+    whole = result.table.loc[("N_ENC", "rank_correlation"), "mean"]
+    assert layers["N_ENC", "rollout", 3] == pytest.approx(whole)
+    # One layer is its own rollout.
+    assert layers["W", "single", 1] == layers["W", "rollout", 1]
+    assert layers["W", "single", 3] != layers["W", "rollout", 3]
+
+
+def test_pairs_keep_their_token_types(loaded) -> None:
+    seen = []
+
+    def scorer(ids, mask, target, types):
+        seen.append(types)
+        return mask.double() * torch.arange(ids.shape[1])
+
+    import datasets
+
+    data = datasets.Dataset.from_dict(
+        {"text": ["A film.", "Dull."], "other": ["It is good.", "It is not."]}
+    )
+    result = benchmark(
+        *loaded,
+        data,
+        {"mine": scorer, "globenc": "globenc"},
+        pair_column="other",
+        **QUIET,
+    )
+    assert seen[0].tolist()[0] == [0] * 5 + [1] * 5
+    assert len(result.records) == 2
+
+
+# Running
+
+
+def numbers(result) -> torch.Tensor:
+    return torch.tensor(result.table.to_numpy(float))
+
+
+def test_batches_and_processes_give_the_same(loaded) -> None:
+    names = ["globenc", "kernel_shap", "saliency", "random"]
+    one = benchmark(*loaded, TEXTS, names, batch_size=5, **QUIET)
+    for options in ({"batch_size": 1}, {"batch_size": 2, "processes": 2}):
+        other = benchmark(*loaded, TEXTS, names, **options, **QUIET)
+        torch.testing.assert_close(
+            numbers(other), numbers(one), rtol=1e-4, atol=1e-5, equal_nan=True
+        )
+
+
+def test_an_interrupted_run_goes_on(loaded, tmp_path) -> None:
+    folder = tmp_path / "run"
+    calls = []
+
+    def counted(ids, mask, target):
+        calls.append(len(ids))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return torch.rand(ids.shape, generator=torch.Generator().manual_seed(0))
+
+    options = {"batch_size": 2, "output": folder, **QUIET}
+    with pytest.raises(KeyboardInterrupt):
+        benchmark(*loaded, TEXTS, {"mine": counted}, **options)
+    lines = (folder / "examples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["index"] for line in lines] == [0, 1, 2, 3]
+    # Half a line, as a killed run leaves it.
+    with (folder / "examples.jsonl").open("a") as file:
+        file.write('{"index": 4, "tok')
+    result = benchmark(*loaded, TEXTS, {"mine": counted}, **options)
+    assert calls == [2, 2, 1, 1]
+    assert [record["index"] for record in result.records] == [0, 1, 2, 3, 4]
+    assert len((folder / "examples.jsonl").read_text().splitlines()) == 5
+    benchmark(*loaded, TEXTS, {"mine": counted}, **options)
+    assert len(calls) == 4
+    with pytest.raises(InputError, match=r"holds a run with another measures"):
+        benchmark(*loaded, TEXTS, {"mine": counted}, measures=["aopc"], **options)
+
+
+def test_what_is_saved(loaded, tmp_path) -> None:
+    folder = tmp_path / "report"
+    result = benchmark(
+        *loaded,
+        TEXTS,
+        ["globenc", "random"],
+        per_layer=True,
+        cost_texts=2,
+        output=folder,
+        progress=False,
+    )
+    assert {path.name for path in folder.iterdir()} == {
+        "aopc.svg", "cost.csv", "cost.json", "curves.csv", "examples.jsonl",
+        "index.html", "layers.csv", "layers.svg", "quality_against_cost.svg",
+        "result.json", "run.json", "table.csv",
+    }  # fmt: skip
+    saved = json.loads((folder / "result.json").read_text())
+    assert saved["accuracy"] == 1
+    assert saved["settings"]["versions"]["captum"]
+    assert len(saved["table"]) == 12
+    cost = result.costs
+    assert list(cost.index) == ["forward pass", "globenc", "random"]
+    assert cost.loc["forward pass", "ratio"] == 1
+    assert cost.loc["globenc", "forwards"] == 1
+    assert cost.loc["random", "forwards"] == 0
+    assert cost.loc["globenc", "memory"] > 0
+
+
+def test_passes_are_counted(loaded) -> None:
+    result = benchmark(
+        *loaded,
+        TEXTS[:1],
+        ["integrated_gradients", "saliency", "feature_ablation"],
+        measures=["rank_correlation"],
+        cost_texts=1,
+        progress=False,
+    )
+    cost = result.costs[["forwards", "backwards"]]
+    assert cost.loc["integrated_gradients"].tolist() == [50, 50]
+    assert cost.loc["saliency"].tolist() == [1, 1]
+    # The text itself, and once without each of its 13 tokens.
+    tokens = len(loaded[1](TEXTS[0][0])["input_ids"])
+    assert cost.loc["feature_ablation"].tolist() == [1 + tokens, 0]
+
+
+def test_the_model_is_left_as_it_was(loaded) -> None:
+    model = copy.deepcopy(loaded[0]).train()
+    benchmark(model, loaded[1], TEXTS[:2], ["globenc", "deep_lift"], **QUIET)
+    assert all(module.training for module in model.modules())
+    assert not left_behind(model)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"methods": ["globenk"]}, "Did you mean 'globenc'"),
+        ({"methods": []}, "no method asked for"),
+        ({"methods": {}}, "no method asked for"),
+        ({"methods": {"mine": 3}}, "got int"),
+        ({"measures": ["aopk"]}, "unknown measure 'aopk'; known: rank_correlation"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"processes": True}, "processes must be at least 1, got True"),
+        ({"texts": []}, "holds no rows"),
+        ({"texts": ["  "]}, "expected words"),
+        ({"texts": "nowhere.csv"}, "nowhere.csv does not exist"),
+        ({"limit": 0}, "limit is 0"),
+        ({"texts": [("A film.", 7)]}, "label 7 is no class"),
+    ],
+    ids=str,
+)
+def test_what_makes_no_benchmark(loaded, change, message) -> None:
+    given = {"texts": TEXTS, "methods": ["random"], **change}
+    with pytest.raises(InputError, match=message):
+        benchmark(*loaded, given.pop("texts"), **given, **QUIET)
+
+
+def test_scores_that_cannot_be_judged(loaded) -> None:
+    from captum_globenc import NonFiniteActivationError
+
+    wrong = {"mine": lambda ids, mask, target: torch.ones(len(ids), 2)}
+    with pytest.raises(InputError, match=r"'mine' gives scores of shape \(5, 2\)"):
+        benchmark(*loaded, TEXTS, wrong, **QUIET)
+    nan = {"mine": lambda ids, mask, target: torch.full(ids.shape, math.nan)}
+    with pytest.raises(NonFiniteActivationError, match="'mine' gives NaN"):
+        benchmark(*loaded, TEXTS, nan, **QUIET)
+    with pytest.raises(InputError, match="cannot be sent to another process"):
+        benchmark(*loaded, TEXTS, nan, processes=2, **QUIET)
+
+
+def test_a_tokenizer_without_a_mask_token(loaded) -> None:
+    model, tokenizer = loaded
+    bare = copy.deepcopy(tokenizer)
+    bare.mask_token = None
+    with pytest.raises(
+        InputError, match=r"has no mask token.*set tokenizer.mask_token"
+    ):
+        benchmark(model, bare, TEXTS, ["random"], **QUIET)
+
+
+def test_presets_name_what_there_is() -> None:
+    for preset in PRESETS.values():
+        assert set(preset.methods) <= set(METHODS)
+        assert set(preset.measures) <= set(MEASURES)
+    assert set(PRESETS["paper"].methods) == set(LOCAL_SCORES)
+    assert PRESETS["paper-sst2"].data == "hub:nyu-mll/glue:sst2:validation"
