@@ -11,7 +11,7 @@ FLOOR = .venv-floor
 SETTINGS = setup.cfg pyproject.toml constraints.txt
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-floor lint wheel bench picture clean
+.PHONY: help demo test test-floor lint wheel bench picture report clean
 
 help:
 	@echo "make demo        explain a sentence (TEXT=\"...\") with the embedded classifier"
@@ -21,6 +21,7 @@ help:
 	@echo "make wheel       build the wheel and run it in a clean environment"
 	@echo "make bench       measure the cost table of the README (minutes)"
 	@echo "make picture     draw the picture of the README"
+	@echo "make report      run the benchmark reports in docs/benchmark (an hour or more)"
 	@echo "make clean       remove what the others made"
 
 $(BIN)/python:
@@ -64,6 +65,11 @@ bench: $(VENV)/installed-tools
 
 picture: $(VENV)/installed
 	$(BIN)/python docs/make_picture.py
+
+report: $(VENV)/installed-test
+	test -d build/demo/six-layer-film-reviews || \
+		$(BIN)/python tutorials/train_demo_classifier.py
+	$(BIN)/python docs/make_report.py
 
 clean:
 	rm -rf $(VENV) $(FLOOR) build dist *.egg-info

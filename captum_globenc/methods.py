@@ -46,7 +46,7 @@ _STEPS = 50
 _STEPS_AT_ONCE = 25
 _SHAP_BASELINES = 5
 _SHAP_SAMPLES = 200
-_SHAP_SAMPLES_AT_ONCE = 50
+_SAMPLES_AT_ONCE = 50
 _WINDOW = 3
 
 
@@ -265,7 +265,7 @@ def _kernel_shap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
             target=target,
             additional_forward_args=(mask, *types),
             n_samples=_SHAP_SAMPLES,
-            perturbations_per_eval=_SHAP_SAMPLES_AT_ONCE,
+            perturbations_per_eval=_SAMPLES_AT_ONCE,
         )
         # The regression fits noise to tokens that are the same in the baseline.
         return found.masked_fill(ids == blank, 0)
@@ -290,6 +290,7 @@ def _occlusion(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Sc
         found: Tensor = method.attribute(
             ids,
             sliding_window_shapes=(min(_WINDOW, ids.shape[1]),),
+            perturbations_per_eval=_SAMPLES_AT_ONCE,
             baselines=blank,
             target=target,
             additional_forward_args=(mask, *types),

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("pandas")
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -20,7 +22,7 @@ def code(page: str) -> list[str]:
 def test_readme(capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, object] = {}
     blocks = code("README.md")
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         exec(block, names)
     scores = names["scores"]
@@ -28,6 +30,12 @@ def test_readme(capsys: pytest.CaptureFixture[str]) -> None:
     assert scores.shape == names["batch"]["input_ids"].shape
     assert (scores >= 0).all()
     assert not scores[names["batch"]["attention_mask"] == 0].any()
+    table = names["result"].table
+    assert set(table.index.get_level_values("method")) == {
+        "GlobEnc",
+        "gradient",
+        "chance",
+    }
     rollout = names["decomposition"].rollout()[:, 0]
     torch.testing.assert_close(rollout, scores, rtol=1e-4, atol=0)
 

@@ -268,6 +268,14 @@ def make_student(
     return student
 
 
+def write_sentences(path: Path, examples: list[Example]) -> None:
+    """One JSON object per line: text and label."""
+    with path.open("w", encoding="utf-8") as lines:
+        for sentence, label in examples:
+            record = {"text": sentence, "label": LABELS[label]}
+            lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
 def main() -> None:
     """Run both steps and write the model, the tokenizer and the held-out sentences."""
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -285,14 +293,18 @@ def main() -> None:
     full_tokenizer = Tokenizer.from_file(str(encoder / "tokenizer.json"))
     full_tokenizer.no_padding()
     full_tokenizer.no_truncation()
-    teacher_folder = options.work / "teacher"
+    teacher_folder = options.work / "six-layer-film-reviews"
     if not teacher_folder.exists():
         torch.manual_seed(SEED)
         teacher = BertForSequenceClassification.from_pretrained(
-            encoder, num_labels=2, dtype=torch.float32
+            encoder,
+            id2label=LABELS,
+            label2id={label: i for i, label in LABELS.items()},
+            dtype=torch.float32,
         )
         train(teacher, full_tokenizer, training, epochs=3, learning_rate=5e-5)
         teacher.save_pretrained(teacher_folder)
+        AutoTokenizer.from_pretrained(encoder).save_pretrained(teacher_folder)
     teacher = BertForSequenceClassification.from_pretrained(teacher_folder)
     print(f"teacher: {accuracy(teacher, full_tokenizer, held_out):.3f}")
 
@@ -319,10 +331,8 @@ def main() -> None:
         )
         + "\n"
     )
-    with (options.output / "held_out.jsonl").open("w", encoding="utf-8") as lines:
-        for sentence, label in held_out[:SHIPPED]:
-            record = {"text": sentence, "label": LABELS[label]}
-            lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+    write_sentences(options.work / "held_out.jsonl", held_out)
+    write_sentences(options.output / "held_out.jsonl", held_out[:SHIPPED])
 
     AutoTokenizer.from_pretrained(options.output)
     shipped = BertForSequenceClassification.from_pretrained(

@@ -169,8 +169,8 @@ def log_probabilities(
         *Tensor* of shape (texts), float64.
     """
     rows = torch.cat(list(texts.inputs.values()), 1)
-    _, inverse = rows.unique(dim=0, return_inverse=True)  # type:
-    ignore[no - untyped - call]  # The first text of each kind.
+    _, inverse = torch.unique(rows, dim=0, return_inverse=True)
+    # The first text of each kind.
     order = inverse.argsort(stable=True)
     counts = inverse.bincount()
     different = texts.rows(order[counts.cumsum(0) - counts])

@@ -91,8 +91,9 @@ def benchmark(
             the threads are shared out among them. Methods that are no names must be
             such that they can be pickled. Results do not depend on it. Default: 1.
         output (str or Path, optional): a folder. What has been measured is kept there,
-            batch by batch; called again with the same settings, the run goes on where
-            it was interrupted. The result is saved there in the end. Default: none.
+            batch by batch; called again with the same settings, or with another limit,
+            the run goes on where it was interrupted. The result is saved there in the
+            end. Default: none.
         cost_texts (int, optional): measure the cost on so many of the first texts; 0:
             not at all. Default: 20.
         progress (bool, optional): show a progress bar. Default: True.
@@ -143,7 +144,6 @@ def benchmark(
         "model": model.name_or_path and Path(model.name_or_path).name,
         "weights": _fingerprint(model),
         "data": _data_name(texts),
-        "limit": limit,
         "methods": described,
         "measures": list(measures),
         "per_layer": per_layer,
@@ -169,12 +169,17 @@ def benchmark(
                 store.add(records)
                 done.update(len(records))
     result = BenchmarkResult(
-        records=[store.records[index] for index in sorted(store.records)],
+        records=[
+            store.records[index]
+            for index in sorted(store.records)
+            if limit is None or index < limit
+        ],
         cost=store.cost or {},
         methods=described,
         measures=tuple(measures),
         settings={
             **{k: v for k, v in settings.items() if k != "methods"},
+            "limit": limit,
             "encoder": encoder.module.config.model_type,  # type: ignore[union-attr]
             "layers": len(encoder.layers),
             "device": str(model.device),
