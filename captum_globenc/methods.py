@@ -181,7 +181,7 @@ def _integrated_gradients(
             target=target,
             additional_forward_args=(mask, *types),
             n_steps=_STEPS,
-            internal_batch_size=_STEPS_AT_ONCE * len(ids),
+            internal_batch_size=max(_STEPS_AT_ONCE, len(ids)),
         )
         return found.sum(-1).detach()
 
