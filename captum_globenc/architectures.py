@@ -113,6 +113,27 @@ _DISTILBERT = Architecture(
     output_norm="output_layer_norm",
 )
 
+_XLM_ROBERTA_XL = Architecture(
+    embeddings="embeddings",
+    positions="embeddings.position_embeddings",
+    layers="encoder.layer",
+    attention="attention.self",
+    output="attention.output.dense",
+    feed_forward_norm="LayerNorm",
+    feed_forward="output.dense",
+    final_norm="encoder.LayerNorm",
+)
+
+_ROBERTA_PRELAYERNORM = replace(
+    _XLM_ROBERTA_XL,
+    feed_forward_norm="intermediate.LayerNorm",
+    final_norm="LayerNorm",
+)
+
+_ESM = replace(_XLM_ROBERTA_XL, final_norm="encoder.emb_layer_norm_after")
+# With rotary positions there is no table of them.
+_ESM_ROTARY = replace(_ESM, positions=None)
+
 _VIT = Architecture(
     embeddings="embeddings",
     patches="embeddings.patch_embeddings.projection",
@@ -133,14 +154,22 @@ _VIT_OLD = replace(
     feed_forward="output.dense",
 )
 
-# The layouts of each family; where releases of transformers differ, newest first.
+# The layouts of each family, of which a model has the first that fits: releases of
+# transformers differ (newest first), and some parts are optional.
 _TABLE: dict[str, tuple[Architecture, ...]] = {
     "bert": (_BERT,),
+    "camembert": (_BERT,),
+    "data2vec-text": (_BERT,),
     "distilbert": (_DISTILBERT,),
     "electra": (_BERT,),
+    "ernie": (_BERT,),
+    "esm": (_ESM, _ESM_ROTARY),
+    "layoutlm": (_BERT,),
     "roberta": (_BERT,),
+    "roberta-prelayernorm": (_ROBERTA_PRELAYERNORM,),
     "vit": (_VIT, _VIT_OLD),
     "xlm-roberta": (_BERT,),
+    "xlm-roberta-xl": (_XLM_ROBERTA_XL,),
 }
 
 
@@ -264,7 +293,8 @@ def find_encoder(root: nn.Module) -> Encoder | None:
             if _submodule(module, layout.layers.split(".")[0]) is not None
         ]
         if layouts and id(module) not in found:
-            found[id(module)] = (name, module, layouts[0])
+            fitting = [layout for layout in layouts if _fits(module, layout)]
+            found[id(module)] = (name, module, (fitting or layouts)[0])
     if len(found) > 1:
         names = ", ".join(repr(name) for name, _, _ in found.values())
         raise UnsupportedModelError(
@@ -314,6 +344,18 @@ def _submodule(module: nn.Module, path: str) -> nn.Module | None:
         return module.get_submodule(path)
     except AttributeError:
         return None
+
+
+def _fits(module: nn.Module, layout: Architecture) -> bool:
+    """Whether an encoder has all the parts of a layout, as far as its first layer."""
+    of_encoder = {"layers", "embeddings", "positions", "patches", "final_norm"}
+    layers = _submodule(module, layout.layers)
+    first = next(layers.children(), None) if layers is not None else None
+    return first is not None and all(
+        _submodule(module if field in of_encoder else first, path) is not None
+        for field, path in vars(layout).items()
+        if path is not None
+    )
 
 
 def _resolve(

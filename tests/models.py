@@ -62,6 +62,48 @@ FAMILIES = {
         "electra",
         oracle.BERT_LIKE,
     ),
+    "camembert": Family(
+        lambda: t.CamembertConfig(**SIZES),
+        t.CamembertForSequenceClassification,
+        "roberta",
+        oracle.BERT_LIKE,
+    ),
+    "data2vec-text": Family(
+        lambda: t.Data2VecTextConfig(**SIZES),
+        t.Data2VecTextForSequenceClassification,
+        "data2vec_text",
+        oracle.BERT_LIKE,
+    ),
+    "ernie": Family(
+        lambda: t.ErnieConfig(**SIZES),
+        t.ErnieForSequenceClassification,
+        "ernie",
+        oracle.BERT_LIKE,
+    ),
+    "xlm-roberta-xl": Family(
+        lambda: t.XLMRobertaXLConfig(**SIZES),
+        t.XLMRobertaXLForSequenceClassification,
+        "roberta",
+        oracle.XLM_ROBERTA_XL,
+    ),
+    "roberta-prelayernorm": Family(
+        lambda: t.RobertaPreLayerNormConfig(**SIZES),
+        t.RobertaPreLayerNormForSequenceClassification,
+        "roberta_prelayernorm",
+        oracle.ROBERTA_PRELAYERNORM,
+    ),
+    "esm": Family(
+        # A table of positions: what the oracle does not know is rotation.
+        lambda: t.EsmConfig(
+            **{k: v for k, v in SIZES.items() if k != "type_vocab_size"},
+            mask_token_id=3,
+            token_dropout=False,
+            position_embedding_type="absolute",
+        ),
+        t.EsmForSequenceClassification,
+        "esm",
+        oracle.ESM,
+    ),
     "distilbert": Family(
         lambda: t.DistilBertConfig(
             vocab_size=VOCABULARY,
@@ -118,6 +160,13 @@ def build(
 
 def encoder_of(family: str, model: nn.Module) -> nn.Module:
     return model.get_submodule(FAMILIES[family].encoder)
+
+
+def numbers_positions_from_padding(family: str) -> bool:
+    """As RoBERTa does: the first position is the one after the padding's."""
+    model = build(family)
+    table = encoder_of(family, model).get_submodule("embeddings.position_embeddings")
+    return table.padding_idx is not None
 
 
 def sentence(tokens: int, seed: int = 0) -> Tensor:

@@ -38,6 +38,29 @@ DISTILBERT = {
 }
 
 
+XLM_ROBERTA_XL = {
+    "layers": "encoder.layer",
+    "final": "encoder.LayerNorm",
+    "before": "attention.self_attn_layer_norm",
+    "query": "attention.self.query",
+    "key": "attention.self.key",
+    "value": "attention.self.value",
+    "output": "attention.output.dense",
+    "middle": "LayerNorm",
+    "up": "intermediate.dense",
+    "down": "output.dense",
+}
+ROBERTA_PRELAYERNORM = {
+    **XLM_ROBERTA_XL,
+    "final": "LayerNorm",
+    "before": "attention.LayerNorm",
+    "middle": "intermediate.LayerNorm",
+}
+ESM = {
+    **XLM_ROBERTA_XL,
+    "final": "encoder.emb_layer_norm_after",
+    "before": "attention.LayerNorm",
+}
 VIT = {
     "layers": "layers",
     "before": "layernorm_before",
@@ -123,7 +146,8 @@ def attend(x: Tensor, part: dict[str, nn.Module], heads: int) -> tuple[Tensor, T
 @torch.no_grad()
 def run_layer(x: Tensor, layer: nn.Module, paths: dict[str, str], heads: int) -> Layer:
     """One layer on one example, (tokens, hidden)."""
-    part = {n: layer.get_submodule(p) for n, p in paths.items() if n != "layers"}
+    outside = ("layers", "final")
+    part = {n: layer.get_submodule(p) for n, p in paths.items() if n not in outside}
     if "before" in part:
         return run_pre_norm_layer(x, part, heads)
     alpha, a = attend(x, part, heads)
@@ -212,10 +236,20 @@ def local_score(layer: Layer, name: str) -> Tensor:
 @torch.no_grad()
 def run_encoder(encoder: nn.Module, paths: dict[str, str], ids: Tensor) -> list[Layer]:
     """All layers on one unpadded example of ids, (tokens)."""
-    x = encoder.embeddings(input_ids=ids[None])
-    if hasattr(encoder, "embeddings_project"):
-        x = encoder.embeddings_project(x)
-    return run_layers(encoder, paths, x[0].double())
+    seen: list[Tensor] = []
+
+    def keep(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        seen.append(args[0] if args else kwargs["hidden_states"])
+
+    bottom = encoder.get_submodule(paths["layers"])[0]
+    hook = bottom.register_forward_pre_hook(keep, with_kwargs=True)
+    encoder(input_ids=ids[None])
+    hook.remove()
+    layers = run_layers(encoder, paths, seen[0][0].double())
+    if "final" in paths:
+        norm = encoder.get_submodule(paths["final"])
+        layers[-1] = with_final_norm(layers[-1], norm)
+    return layers
 
 
 @torch.no_grad()

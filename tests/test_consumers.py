@@ -80,6 +80,33 @@ def test_infidelity() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
 
 
+def test_infidelity_on_embeddings() -> None:
+    """Noise on the embeddings: the definition, with what Captum drew."""
+    drawn: list[torch.Tensor] = []
+
+    def perturb(embeddings):
+        drawn.append(0.1 * torch.randn_like(embeddings))
+        return drawn[-1], embeddings - drawn[-1]
+
+    attributions = GlobEnc(on_embeddings).attribute(EMBEDDINGS, 1, MASK)
+    found = infidelity(
+        on_embeddings,
+        perturb,
+        EMBEDDINGS,
+        attributions,
+        additional_forward_args=(MASK,),
+        target=1,
+        n_perturb_samples=1,
+    )
+    (noise,) = drawn
+    with torch.no_grad():
+        before, after = (
+            on_embeddings(e, MASK)[:, 1] for e in (EMBEDDINGS, EMBEDDINGS - noise)
+        )
+    expected = ((noise * attributions).sum((1, 2)) - (before - after)) ** 2
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
+
+
 def test_sensitivity() -> None:
     on_tokens = sensitivity_max(
         GlobEnc(on_ids).attribute,

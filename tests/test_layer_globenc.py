@@ -72,7 +72,8 @@ def test_embeddings_give_the_global_scores(family: str) -> None:
     for part, found in zip(
         parts, LayerGlobEnc(model, parts).attribute(IDS, 1, (MASK,))
     ):
-        hidden = getattr(part, "embedding_dim", None) or part.LayerNorm.weight.numel()
+        hidden = part.embedding_dim if isinstance(part, nn.Embedding) else None
+        hidden = hidden or encoder.embeddings.word_embeddings.embedding_dim
         assert found.shape == (2, 8, hidden)
         torch.testing.assert_close(found.sum(-1), expected, **EXACT)
     ids = LayerGlobEnc(model, parts[1]).attribute(

@@ -77,10 +77,10 @@ def test_the_vectors_rebuild_the_true_input_of_the_first_norm(family: str) -> No
     encoder = find_encoder(model)
     assert encoder is not None
     seen: list[torch.Tensor] = []
+    # What takes the sum of the first residual.
+    after = "feed_forward_norm" if encoder.is_pre_norm else "attention_norm"
     hooks = [
-        layer.watched["attention_norm"].register_forward_hook(
-            lambda _, a, __: seen.append(a[0])
-        )
+        layer.watched[after].register_forward_hook(lambda _, a, __: seen.append(a[0]))
         for layer in encoder.layers
     ]
     with torch.no_grad():

@@ -12,12 +12,14 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from captum_globenc import GlobEnc, InputError, UnsupportedModelError
+from tests import oracle
 from tests.conftest import left_behind
 from tests.models import (
     FAMILIES,
     SIZES,
     build,
     encoder_of,
+    numbers_positions_from_padding,
     padded,
     randomize,
     sentence,
@@ -156,8 +158,10 @@ def test_two_encoders_in_one_module_are_refused() -> None:
 def test_embeddings_as_input(family: str) -> None:
     model = build(family)
     ids, mask = padded([sentence(8), sentence(5)])
-    embeddings = model.get_input_embeddings()(ids).detach()
-    if family in ("roberta", "xlm-roberta"):
+    # ESM takes as inputs_embeds what others make of them: the embeddings' output.
+    table = model.esm.embeddings if family == "esm" else model.get_input_embeddings()
+    embeddings = table(ids).detach()
+    if numbers_positions_from_padding(family):
         # Without ids RoBERTa counts padding as positions, so only full length agrees.
         ids, mask, embeddings = ids[:1], mask[:1], embeddings[:1]
 
@@ -422,7 +426,7 @@ def test_changed_weights_are_seen(dtype: torch.dtype) -> None:
 
 def test_position_and_vocabulary_limits_are_the_models(family: str) -> None:
     model = build(family)
-    longest = 38 if "roberta" in family else 40
+    longest = 38 if numbers_positions_from_padding(family) else 40
     fits = sentence(longest)[None]
     assert GlobEnc(model).attribute(fits, target=0).shape == fits.shape
     with pytest.raises(InputError, match=f"{longest + 1} tokens.*{longest}"):
@@ -433,3 +437,33 @@ def test_position_and_vocabulary_limits_are_the_models(family: str) -> None:
         with pytest.raises(InputError, match=f"input id {wrong} .* vocabulary of 97"):
             GlobEnc(model).attribute(ids, target=0)
     assert not left_behind(model)
+
+
+def test_rotary_positions() -> None:
+    """ESM as its checkpoints are: no table of positions, keys and queries rotated."""
+    config = FAMILIES["esm"].config()
+    config.position_embedding_type = "rotary"
+    model = randomize(FAMILIES["esm"].head(config)).double().eval()
+    ids, mask = padded([sentence(8), sentence(5)])
+    together = attribute(model, ids, mask)
+    alone = attribute(model, ids[1:, :5], mask[1:, :5])
+    torch.testing.assert_close(together[1, :5], alone[0], **EXACT)
+    # Another order of the same tokens: positions matter.
+    turned = ids[:1].flip(1)
+    assert not torch.allclose(attribute(model, turned, mask[:1]).flip(1), together[:1])
+    model.config._attn_implementation = "eager"
+    torch.testing.assert_close(attribute(model, ids, mask), together, **EXACT)
+
+
+def test_layoutlm() -> None:
+    """Boxes beside the ids; without them all are zero."""
+    config = t.LayoutLMConfig(**SIZES)
+    model = randomize(t.LayoutLMForSequenceClassification(config)).double().eval()
+    ids, mask = padded([sentence(8), sentence(5)])
+    boxes = torch.zeros(2, 8, 4, dtype=torch.long)
+    together = GlobEnc(model).attribute(ids, 1, (boxes, mask))
+    alone = GlobEnc(model).attribute(ids[1:, :5], 1, (boxes[1:, :5], mask[1:, :5]))
+    torch.testing.assert_close(together[1, :5], alone[0], **EXACT)
+    layers = oracle.run_encoder(model.layoutlm, oracle.BERT_LIKE, ids[1, :5])
+    expected = oracle.rollout([oracle.local_score(x, "N_ENC") for x in layers])[0]
+    torch.testing.assert_close(alone[0], expected, rtol=1e-10, atol=0)
