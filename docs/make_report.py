@@ -11,13 +11,26 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import pandas as pd
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from captum_globenc import demo
-from captum_globenc.evaluation import PRESETS, benchmark
+from captum_globenc.evaluation import PRESETS, BenchmarkResult, benchmark
 
 SENTENCES = 500
 FULL = PRESETS["full"]
+# Modarressi et al. 2022 (arXiv:2205.03286), SST-2, BERT-base, layer 12.
+PUBLISHED = {
+    "W": -0.11,
+    "W_FIXED_RES": -0.24,
+    "W_RES": 0.19,
+    "N": 0.44,
+    "N_FIXED_RES": 0.48,
+    "N_RES": 0.73,
+    "N_RES_LN": -0.21,
+    "N_ENC": 0.77,
+}
+PAGE = Path(__file__).parent / "benchmark-template.md"
 
 
 def main() -> None:
@@ -30,13 +43,16 @@ def main() -> None:
     six_layers = options.work / "six-layer-film-reviews"
     models = {
         "six-layer": (
-            AutoModelForSequenceClassification.from_pretrained(six_layers).eval(),
+            AutoModelForSequenceClassification.from_pretrained(
+                six_layers, dtype="float32"
+            ).eval(),
             AutoTokenizer.from_pretrained(six_layers),
         ),
         "embedded": demo.load_classifier(),
     }
+    results = {}
     for name, (model, tokenizer) in models.items():
-        result = benchmark(
+        results[name] = benchmark(
             model,
             tokenizer,
             options.work / "held_out.jsonl",
@@ -47,7 +63,55 @@ def main() -> None:
             limit=SENTENCES,
             output=options.runs / name,
         )
-        result.save(options.output / name)
+        results[name].save(options.output / name)
+    six, embedded = results["six-layer"], results["embedded"]
+    page = PAGE.read_text(encoding="utf-8").format(
+        sentences=len(six.records),
+        accuracy=[six.accuracy, embedded.accuracy],
+        paper=paper_table(six, embedded),
+        six=method_table(six),
+        embedded=method_table(embedded),
+        cost=cost_table(six),
+    )
+    (options.output / "README.md").write_text(page, encoding="utf-8")
+
+
+def paper_table(six: BenchmarkResult, embedded: BenchmarkResult) -> str:
+    """The eight local scores beside the published figures."""
+    rows = []
+    for local, published in PUBLISHED.items():
+        cells = [f"`{local}`", f"{published:.2f}"]
+        for result in (six, embedded):
+            row = result.table.loc[(local, "rank_correlation")]
+            cells.append(f"{row['mean']:.2f} ± {row['std']:.2f}")
+        rows.append(cells)
+    return markdown(["", "paper", "six-layer", "embedded"], rows)
+
+
+def method_table(result: BenchmarkResult) -> str:
+    """The mean of every measure."""
+    means = result.table["mean"].unstack()[list(result.measures)]
+    rows = [
+        [f"`{method}`", *[f"{value:.3f}" for value in means.loc[method]]]
+        for method in result.methods
+    ]
+    return markdown(["", *[m.replace("_", " ") for m in result.measures]], rows)
+
+
+def cost_table(result: BenchmarkResult) -> str:
+    """Ratio, passes and memory of every method."""
+    costs: pd.DataFrame = result.costs
+    rows = [
+        [f"`{method}`", *[f"{row[c]:.1f}" for c in costs.columns if c != "seconds"]]
+        for method, row in costs.iterrows()
+    ]
+    return markdown(["", "time", "forwards", "backwards", "memory (MB)"], rows)
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A table, numbers to the right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 if __name__ == "__main__":
