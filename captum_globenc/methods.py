@@ -36,6 +36,7 @@ from captum.attr import (
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from captum_globenc.attribution.base import EncoderAttribution
 from captum_globenc.attribution.globenc import GlobEnc
 from captum_globenc.errors import InputError
 from captum_globenc.local import LOCAL_SCORES, local_score
@@ -71,6 +72,10 @@ def scorer_of(
 ) -> Scorer:
     """A scorer from a Captum method, or from a function that is one already.
 
+    Each text is attributed by itself, without padding and with random numbers that
+    depend on it alone: methods of Captum's that draw baselines or permute take them
+    from the whole batch. (GlobEnc and its layer method need no such care.)
+
     Args:
         method (Attribution or Callable): anything with Captum's ``attribute``, whose
             ``forward_func`` takes the attention mask as its second argument; or a
@@ -91,6 +96,14 @@ def scorer_of(
                 f"target) → scores, got {type(method).__name__}: {method!r}"
             )
         return method
+    scores = _captum_scorer(method, model, tokenizer)
+    return scores if isinstance(method, EncoderAttribution) else _repeatable(scores)
+
+
+def _captum_scorer(
+    method: Attribution, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Scorer:
+    """A Captum method as a scorer of batches."""
     # NoiseTunnel takes what the method inside takes.
     inner = getattr(method, "attribution_method", method)
     on_embeddings = isinstance(inner, GradientAttribution) and not isinstance(
@@ -221,7 +234,7 @@ def _gradient(
 
 def _deep_lift(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Scorer:
     _pad_token(tokenizer)
-    scores = scorer_of(DeepLift(_Logits(model)), model, tokenizer)
+    scores = _captum_scorer(DeepLift(_Logits(model)), model, tokenizer)
 
     def quiet(*given: Tensor) -> Tensor:
         with warnings.catch_warnings():
@@ -278,7 +291,7 @@ def _feature_ablation(
 ) -> Scorer:
     _pad_token(tokenizer)
     method = FeatureAblation(_logits(model, "input_ids"))
-    return scorer_of(method, model, tokenizer)
+    return _captum_scorer(method, model, tokenizer)
 
 
 def _occlusion(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Scorer:

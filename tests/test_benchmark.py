@@ -5,15 +5,20 @@ from __future__ import annotations
 import copy
 import json
 import math
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 from captum.attr import (
     FeatureAblation,
+    GradientShap,
     InputXGradient,
     IntegratedGradients,
     LayerIntegratedGradients,
     NoiseTunnel,
+    Occlusion,
     Saliency,
 )
 
@@ -99,16 +104,24 @@ def test_a_method_that_is_fed_padding_is_caught(loaded, batch) -> None:
     """The test above would see it: without a mask the scores change."""
     model, _ = loaded
 
-    def without_mask(embeddings, mask):
-        return model(inputs_embeds=embeddings).logits
+    def scorer(ids, mask, target):
+        embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
+        method = InputXGradient(lambda e: model(inputs_embeds=e).logits)
+        return method.attribute(embeddings, target).sum(-1).detach()
 
-    method = scorer_of(InputXGradient(without_mask), *loaded)
     target = torch.tensor([1, 0, 0, 1, 0])
-    together = method(batch.input_ids, batch.attention_mask, target)
+    together = scorer(batch.input_ids, batch.attention_mask, target)
     ids = batch.input_ids[1:2, batch.attention_mask[1].bool()]
-    alone = method(ids, torch.ones_like(ids), target[1:2])[0]
+    alone = scorer(ids, torch.ones_like(ids), target[1:2])[0]
     assert together[1, len(alone) :].abs().max() > 0
     assert not torch.allclose(together[1, : len(alone)], alone, rtol=0.01)
+    # Given to the benchmark as an object, it never sees padding.
+    safe = scorer_of(
+        InputXGradient(lambda e, _: model(inputs_embeds=e).logits), *loaded
+    )
+    found = safe(batch.input_ids, batch.attention_mask, target)
+    torch.testing.assert_close(found[1, : len(alone)], alone, rtol=1e-4, atol=1e-5)
+    assert not found[1, len(alone) :].any()
 
 
 @pytest.mark.parametrize("name", ["integrated_gradients", "gradient_shap", "occlusion"])
@@ -327,7 +340,7 @@ def test_pairs_keep_their_token_types(loaded) -> None:
     import datasets
 
     data = datasets.Dataset.from_dict(
-        {"text": ["A film.", "Dull."], "other": ["It is good.", "It is not."]}
+        {"text": [["A", "film."], ["Dull."]], "other": ["It is good.", "It is not."]}
     )
     result = benchmark(
         *loaded,
@@ -370,15 +383,15 @@ def test_an_interrupted_run_goes_on(loaded, tmp_path) -> None:
     options = {"batch_size": 2, "output": folder, **QUIET}
     with pytest.raises(KeyboardInterrupt):
         benchmark(*loaded, TEXTS, {"mine": counted}, **options)
-    lines = (folder / "examples.jsonl").read_text().splitlines()
+    lines = (folder / "run.jsonl").read_text().splitlines()
     assert [json.loads(line)["index"] for line in lines] == [0, 1, 2, 3]
     # Half a line, as a killed run leaves it.
-    with (folder / "examples.jsonl").open("a") as file:
+    with (folder / "run.jsonl").open("a") as file:
         file.write('{"index": 4, "tok')
     result = benchmark(*loaded, TEXTS, {"mine": counted}, **options)
     assert calls == [2, 2, 1, 1]
     assert [record["index"] for record in result.records] == [0, 1, 2, 3, 4]
-    assert len((folder / "examples.jsonl").read_text().splitlines()) == 5
+    assert len((folder / "run.jsonl").read_text().splitlines()) == 5
     benchmark(*loaded, TEXTS, {"mine": counted}, **options)
     assert len(calls) == 4
     with pytest.raises(InputError, match=r"holds a run with another measures"):
@@ -397,9 +410,9 @@ def test_what_is_saved(loaded, tmp_path) -> None:
         progress=False,
     )
     assert {path.name for path in folder.iterdir()} == {
-        "aopc.svg", "cost.csv", "cost.json", "curves.csv", "examples.jsonl",
-        "index.html", "layers.csv", "layers.svg", "quality_against_cost.svg",
-        "result.json", "run.json", "table.csv",
+        "aopc.svg", "cost.csv", "curves.csv", "index.html", "layers.csv", "layers.svg",
+        "quality_against_cost.svg", "result.json", "run-cost.json", "run.json",
+        "run.jsonl", "table.csv",
     }  # fmt: skip
     saved = json.loads((folder / "result.json").read_text())
     assert saved["accuracy"] == 1
@@ -451,7 +464,11 @@ def test_the_model_is_left_as_it_was(loaded) -> None:
         ({"texts": []}, "holds no rows"),
         ({"texts": ["  "]}, "expected words"),
         ({"texts": "nowhere.csv"}, "nowhere.csv does not exist"),
-        ({"limit": 0}, "limit is 0"),
+        ({"limit": 0}, "limit must be at least 1, got 0"),
+        ({"limit": 2.0}, "limit must be at least 1, got 2.0"),
+        ({"methods": {"": "random"}}, "name must be words, got ''"),
+        ({"methods": {1: "random"}}, "name must be words, got 1"),
+        ({"methods": {"mine": Saliency}}, r"is the class Saliency: give an object"),
         ({"texts": [("A film.", 7)]}, "label 7 is no class"),
     ],
     ids=str,
@@ -471,12 +488,157 @@ def test_scores_that_cannot_be_judged(loaded) -> None:
     nan = {"mine": lambda ids, mask, target: torch.full(ids.shape, math.nan)}
     with pytest.raises(NonFiniteActivationError, match="'mine' gives NaN"):
         benchmark(*loaded, TEXTS, nan, **QUIET)
+    for wrong, found in [(lambda *_: [1.0], "list"), (lambda *_: None, "NoneType")]:
+        with pytest.raises(InputError, match=f"'mine' gives {found}"):
+            benchmark(*loaded, TEXTS, {"mine": wrong}, **QUIET)
+    occlusion = Occlusion(lambda ids, mask: loaded[0](ids, mask).logits)
+    with pytest.raises(InputError, match=r"'mine' fails: TypeError.*sliding_window"):
+        benchmark(*loaded, TEXTS, {"mine": occlusion}, **QUIET)
     with pytest.raises(InputError, match="cannot be sent to another process"):
         benchmark(*loaded, TEXTS, nan, processes=2, **QUIET)
 
 
+def test_own_methods_that_draw_do_not_depend_on_the_batch(loaded) -> None:
+    def forward(embeddings, mask):
+        return loaded[0](inputs_embeds=embeddings, attention_mask=mask).logits
+
+    mine = {"mine": GradientShap(forward)}
+    one = benchmark(*loaded, TEXTS[:3], mine, batch_size=3, **QUIET)
+    other = benchmark(*loaded, TEXTS[:3], mine, batch_size=1, **QUIET)
+    torch.testing.assert_close(
+        numbers(one), numbers(other), rtol=1e-4, atol=1e-5, equal_nan=True
+    )
+
+
+def test_padding_on_the_left_changes_nothing(loaded) -> None:
+    model, tokenizer = loaded
+    left = copy.deepcopy(tokenizer)
+    left.padding_side = "left"
+    expected = benchmark(*loaded, TEXTS, ["globenc"], **QUIET)
+    found = benchmark(model, left, TEXTS, ["globenc"], **QUIET)
+    assert torch.equal(numbers(found), numbers(expected))
+
+
+def test_a_folder_with_other_files_is_left_alone(loaded, tmp_path) -> None:
+    mine = tmp_path / "run.jsonl"
+    mine.write_text('{"text": "A film."}\n')
+    with pytest.raises(InputError, match="holds files that are no run"):
+        benchmark(*loaded, mine, ["random"], output=tmp_path, **QUIET)
+    assert mine.read_text() == '{"text": "A film."}\n'
+    assert list(tmp_path.iterdir()) == [mine]
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"model": '])
+@pytest.mark.parametrize("file", ["run.json", "run-cost.json"])
+def test_a_damaged_folder_gets_one_sentence(loaded, tmp_path, file, content) -> None:
+    options = {"output": tmp_path, "cost_texts": 1, "progress": False}
+    benchmark(*loaded, TEXTS[:1], ["random"], **options)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(InputError, match=f"{file}' is damaged"):
+        benchmark(*loaded, TEXTS[:1], ["random"], **options)
+
+
+def test_what_makes_another_run(loaded, tmp_path) -> None:
+    """Never another run's numbers."""
+    model, tokenizer = loaded
+    data = tmp_path / "texts.csv"
+    data.write_text("text\na good film\n")
+    options = {"output": tmp_path / "run", **QUIET}
+
+    def up(ids, mask, target):
+        return ids.float()
+
+    def down(ids, mask, target):
+        return -ids.float()
+
+    benchmark(*loaded, data, {"mine": up}, **options)
+    with pytest.raises(InputError, match=r"another (methods|sources)"):
+        benchmark(*loaded, data, {"mine": down}, **options)
+    turned = copy.deepcopy(model)
+    with torch.no_grad():
+        weight = turned.bert.encoder.layer[0].output.dense.weight
+        weight.copy_(weight.flip(0))
+    with pytest.raises(InputError, match="another weights"):
+        benchmark(turned, tokenizer, data, {"mine": up}, **options)
+    data.write_text("text\na baad film\n")
+    with pytest.raises(InputError, match="another data"):
+        benchmark(*loaded, data, {"mine": up}, **options)
+
+
+def test_the_cost_is_measured_again_on_more_texts(loaded, tmp_path) -> None:
+    options = {"output": tmp_path, "progress": False, "cost_texts": 3}
+    one = benchmark(*loaded, TEXTS, ["saliency"], limit=1, **options)
+    more = benchmark(*loaded, TEXTS, ["saliency"], limit=5, **options)
+    same = benchmark(*loaded, TEXTS, ["saliency"], limit=5, **options)
+    assert (one.settings["cost_texts"], more.settings["cost_texts"]) == (1, 3)
+    assert one.cost != more.cost == same.cost
+
+
+def test_a_regression_is_no_classifier(loaded) -> None:
+    import transformers as t
+
+    config = copy.deepcopy(loaded[0].config)
+    config.num_labels = 1
+    model = t.BertForSequenceClassification(config).eval()
+    with pytest.raises(InputError, match="has 1 output, a number"):
+        benchmark(model, loaded[1], TEXTS, ["random"], **QUIET)
+
+
+SCRIPT = """
+from captum_globenc import demo
+from captum_globenc.evaluation import benchmark
+{guard}
+    benchmark(
+        *demo.load_classifier(), {texts!r}, ["globenc", "kernel_shap"],
+        batch_size=1, cost_texts=0, progress=False, output={output!r}, **{options!r}
+    )
+"""
+
+
+def script(tmp_path, guard: str, **options) -> list[str]:
+    texts = [text for text, _ in TEXTS] * 4
+    path = tmp_path / "script.py"
+    path.write_text(
+        SCRIPT.format(
+            guard=guard, texts=texts, output=str(tmp_path / "run"), options=options
+        )
+    )
+    return [sys.executable, str(path)]
+
+
+def test_a_killed_run_loses_at_most_one_batch(loaded, tmp_path) -> None:
+    command = script(tmp_path, 'if __name__ == "__main__":')
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    kept = tmp_path / "run" / "run.jsonl"
+    for _ in range(600):
+        if kept.exists() and len(kept.read_text().splitlines()) >= 2:
+            break
+        time.sleep(0.1)
+    process.kill()
+    _, problems = process.communicate()
+    before = kept.read_text().splitlines()
+    assert 2 <= len(before) < 20, problems
+    subprocess.run(command, check=True, capture_output=True)
+    after = kept.read_text().splitlines()
+    assert after[: len(before)] == before
+    assert sorted(json.loads(line)["index"] for line in after) == list(range(20))
+
+
+def test_a_script_without_a_guard_ends(tmp_path) -> None:
+    command = script(tmp_path, "if True:", processes=2)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 1
+    assert "a process ended before its work was done" in done.stderr
+
+
 def test_a_tokenizer_without_a_mask_token(loaded) -> None:
     model, tokenizer = loaded
+    unpadded = copy.deepcopy(tokenizer)
+    unpadded.pad_token = None
+    with pytest.raises(InputError, match="has no pad token"):
+        benchmark(model, unpadded, TEXTS, ["random"], **QUIET)
     bare = copy.deepcopy(tokenizer)
     bare.mask_token = None
     with pytest.raises(

@@ -75,7 +75,7 @@ def test_help_names_everything() -> None:
         (["--methods", "globenk"], "Did you mean 'globenc'?"),
         (["--measures", "aopk"], "unknown measure 'aopk'"),
         (["--data", "nowhere.csv"], "nowhere.csv does not exist"),
-        (["--limit", "0"], "limit is 0"),
+        (["--limit", "0"], "limit must be at least 1, got 0"),
         (["--processes", "0"], "processes must be at least 1"),
         (["--model", "no/such"], "model 'no/such': there is no such folder"),
     ],

@@ -231,7 +231,7 @@ def test_nothing_is_left_in_the_cache(tmp_path, source) -> None:
     )
     assert done.stdout == "2\n"
     assert done.stderr == ""
-    assert [path for path in home.rglob("*") if path.is_file()] == []
+    assert [path for path in (home / "hf").rglob("*") if path.is_file()] == []
 
 
 # Labels
@@ -453,7 +453,8 @@ def test_wrong_quotes(tmp_path, row, problem) -> None:
         ("5", "5"),
         ('" \\t"', r"' \t'"),
         ('""', "''"),
-        ('["x"]', "['x']"),
+        ('["x", 5]', "['x', 5]"),
+        ("[]", "[]"),
         ('"\\ud800"', r"'\ud800'"),
     ],
 )
@@ -550,3 +551,9 @@ def test_the_librarys_settings_are_put_back(tmp_path) -> None:
         read(path)
         assert datasets.utils.are_progress_bars_disabled() == before
     assert datasets.logging.get_verbosity() == level
+
+
+def test_lists_of_words_are_joined(tmp_path) -> None:
+    path = written(tmp_path / "a.jsonl", '{"text": ["a", "good", "film"]}\n')
+    (example,) = read(path)
+    assert example.text == "a good film"

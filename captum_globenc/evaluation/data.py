@@ -78,7 +78,8 @@ def read_examples(
             ``.txt`` with a text per line, ``.parquet``); a data set on the hub or in a
             folder, ``"hub:NAME[:CONFIG][:SPLIT]"`` (one word after ``NAME`` is the
             split; default: test); one split of a ``datasets`` data set; or a sequence
-            of texts (column ``text``) or (text, label) tuples (column ``label``).
+            of texts (column ``text``) or (text, label) tuples (column ``label``). A
+            text may be a list of words, which are joined with blanks.
         text_column (str, optional): where the texts are. Default: ``"text"``.
         pair_column (str, optional): where second sentences are. Default: nowhere.
         label_column (str, optional): where the labels are. Default: none are read.
@@ -122,6 +123,8 @@ def _value(row: _Row, column: str | None, place: str) -> Any:
 
 def _text(row: _Row, column: str, place: str) -> str:
     value = _value(row, column, place)
+    if isinstance(value, list) and value and all(isinstance(v, str) for v in value):
+        value = " ".join(value)  # words, as HateXplain has them
     if isinstance(value, str) and value.strip() and not _SURROGATE.search(value):
         return value
     found = "missing" if value is None else reprlib.repr(value)
@@ -233,6 +236,8 @@ def _csv_rows(path: str, wanted: _Wanted, delimiter: str) -> _Rows:
             place = f"{path}, line {reader.line_num + 1}"
     except csv.Error as error:
         hint = 'close each quote, and write "" for one inside a quoted field'
+        if "field limit" in str(error):
+            hint = "close each quote; for fields as large as that use .jsonl"
         raise InputError(f"{place}: malformed row ({error}): {hint}.") from None
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import multiprocessing
 import os
 import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -72,7 +75,8 @@ def benchmark(
         methods (mapping or iterable of str, optional): names of
             ``captum_globenc.methods.METHODS``; or name → such a name, an object with
             Captum's ``attribute``, or a function (ids, mask, target) → scores, which
-            for pairs gets the token types as a fourth argument. See
+            for pairs gets the token types as a fourth argument, and whose scores of a
+            text must not depend on the others in the batch. See
             :func:`captum_globenc.methods.scorer_of` for how an object is called and
             reduced to one score per token. Default: the methods of the preset
             ``"default"``.
@@ -89,11 +93,13 @@ def benchmark(
             but for rounding. Default: 16.
         processes (int, optional): so many at once, each with its own copy of the model;
             the threads are shared out among them. Methods that are no names must be
-            such that they can be pickled. Results do not depend on it. Default: 1.
+            such that they can be pickled, and a script must call this under ``if
+            __name__ == "__main__":``. Results do not depend on it. Default: 1.
         output (str or Path, optional): a folder. What has been measured is kept there,
             batch by batch; called again with the same settings, or with another limit,
-            the run goes on where it was interrupted. The result is saved there in the
-            end. Default: none.
+            the run goes on where it was interrupted. Own methods are told apart by
+            name, class and source code. The result is saved there in the end. Default:
+            none.
         cost_texts (int, optional): measure the cost on so many of the first texts; 0:
             not at all. Default: 20.
         progress (bool, optional): show a progress bar. Default: True.
@@ -107,12 +113,14 @@ def benchmark(
         NonFiniteActivationError: NaN or infinity from the model or a method.
     """
     for name, number, least in [
+        ("limit", 1 if limit is None else limit, 1),
         ("batch_size", batch_size, 1),
         ("processes", processes, 1),
         ("cost_texts", cost_texts, 0),
     ]:
         if isinstance(number, bool) or not isinstance(number, int) or number < least:
             raise InputError(f"{name} must be at least {least}, got {number!r}.")
+    measures = [measures] if isinstance(measures, str) else list(measures)
     if unknown := [measure for measure in measures if measure not in MEASURES]:
         raise InputError(
             f"unknown measure {unknown[0]!r}; known: {', '.join(MEASURES)}."
@@ -121,6 +129,12 @@ def benchmark(
     encoder = find_encoder(model)
     if encoder is None:
         raise unsupported(model)
+    if model.config.num_labels < 2:
+        raise InputError(
+            f"{type(model).__name__} has {model.config.num_labels} output, a number: "
+            "a classifier with at least two classes is needed, for the measures are "
+            "changes of a class's probability."
+        )
     plan = _Plan(
         model=model,
         tokenizer=tokenizer,
@@ -139,23 +153,30 @@ def benchmark(
         labels=model.config.id2label,
         limit=limit,
     )
+    first = list(islice(examples, max(1, cost_texts)))
     described = {name: _described(method) for name, method in chosen.items()}
     settings = {
         "model": model.name_or_path and Path(model.name_or_path).name,
-        "weights": _fingerprint(model),
-        "data": _data_name(texts),
+        "weights": _hash(_bytes_of(model)),
+        "config": _hash([model.config.to_json_string().encode()]),
+        "tokenizer": _hash([repr(sorted(tokenizer.get_vocab().items())).encode()]),
+        "data": _data_name(texts, first[0]),
         "methods": described,
-        "measures": list(measures),
+        "sources": {name: _source(method) for name, method in chosen.items()},
+        "measures": measures,
         "per_layer": per_layer,
         "columns": [text_column, pair_column, label_column],
+        "versions": {
+            name: version(name)
+            for name in ("captum_globenc", "captum", "torch", "transformers")
+        },
     }
     store = Store(None if output is None else Path(output), settings)
-    first = list(islice(examples, max(1, cost_texts)))
     with evaluating(model):
-        if cost_texts and store.cost is None:
+        if min(cost_texts, len(first)) > store.cost_texts:
             judge = plan.judge()
             head = judge.tokenize([e.text for e in first], _pairs(first))
-            store.add_cost(cost.measure(model, judge.scorers, head))
+            store.add_cost(cost.measure(model, judge.scorers, head), len(first))
         waiting = _batches(_chain(first, examples), batch_size, store.records)
         done = tqdm(
             desc="benchmark",
@@ -174,20 +195,17 @@ def benchmark(
             for index in sorted(store.records)
             if limit is None or index < limit
         ],
-        cost=store.cost or {},
+        cost=store.cost,
         methods=described,
         measures=tuple(measures),
         settings={
-            **{k: v for k, v in settings.items() if k != "methods"},
+            **{k: v for k, v in settings.items() if k not in ("methods", "sources")},
             "limit": limit,
             "encoder": encoder.module.config.model_type,  # type: ignore[union-attr]
             "layers": len(encoder.layers),
             "device": str(model.device),
             "dtype": str(model.dtype),
-            "versions": {
-                name: version(name)
-                for name in ("captum_globenc", "captum", "torch", "transformers")
-            },
+            "cost_texts": store.cost_texts,
         },
     )
     if output is not None:
@@ -231,15 +249,34 @@ def _chosen(methods: Mapping[str, Any] | Iterable[str]) -> dict[str, Any]:
         return {name: name for name in methods_named(methods)}
     if not methods:
         raise InputError("no method asked for.")
-    for method in methods.values():
+    for name, method in methods.items():
+        if not isinstance(name, str) or not name.strip() or not name.isprintable():
+            raise InputError(f"a method's name must be words, got {name!r}.")
         if isinstance(method, str):
             methods_named(method)
+        elif isinstance(method, type):
+            raise InputError(
+                f"method {name!r} is the class {method.__name__}: give an object, "
+                f"{method.__name__}(forward_func)."
+            )
         elif not hasattr(method, "attribute") and not callable(method):
             raise InputError(
                 "a method must be a name, have Captum's attribute, or be a function "
                 f"(ids, mask, target) → scores, got {type(method).__name__}."
             )
     return dict(methods)
+
+
+def _source(method: Any) -> str | None:
+    """What tells one method of a user from another: a hash of its source code."""
+    if isinstance(method, str):
+        return None
+    function = getattr(method, "forward_func", method)
+    try:
+        source = inspect.getsource(function)
+    except (OSError, TypeError):  # a model, or typed in
+        source = type(function).__qualname__
+    return _hash([source.encode()])
 
 
 def _described(method: Any) -> str:
@@ -287,18 +324,37 @@ def _run(
         for batch in batches:
             yield _judged(judge, batch)
         return
-    try:
-        sent = pickle.dumps(plan)
-    except Exception as error:  # whatever a method's parts raise
-        raise InputError(
-            f"a method or the model cannot be sent to another process ({error}): use "
-            "methods by name, or processes=1."
-        ) from error
-    # Not fork: torch's threads do not survive it.
-    context = multiprocessing.get_context("spawn")
+    with TemporaryDirectory() as folder:
+        # Through a file: a process that dies before it has read a large plan from a
+        # pipe would leave this one waiting.
+        path = Path(folder) / "plan"
+        try:
+            path.write_bytes(pickle.dumps(plan))
+        except Exception as error:  # whatever a method's parts raise
+            raise InputError(
+                f"a method or the model cannot be sent to another process ({error}): "
+                "use methods by name, or processes=1."
+            ) from error
+        try:
+            yield from _run_pool(path, batches, processes)
+        except BrokenProcessPool as error:
+            raise InputError(
+                "a process ended before its work was done: it was killed (out of "
+                "memory?), or a script calls benchmark outside of if __name__ == "
+                '"__main__".'
+            ) from error
+
+
+def _run_pool(
+    plan: Path, batches: Iterator[list[Example]], processes: int
+) -> Iterator[list[Record]]:
     threads = max(1, torch.get_num_threads() // processes)
     with ProcessPoolExecutor(
-        processes, mp_context=context, initializer=_prepare, initargs=(sent, threads)
+        processes,
+        # Not fork: torch's threads do not survive it.
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_prepare,
+        initargs=(plan, threads),
     ) as pool:
         # A few at a time: the texts may be more than fit into memory.
         running: set[Future[list[Record]]] = set()
@@ -315,10 +371,10 @@ def _run(
 _judge: Judge | None = None  # of a worker process
 
 
-def _prepare(sent: bytes, threads: int) -> None:
+def _prepare(path: Path, threads: int) -> None:
     global _judge
     torch.set_num_threads(threads)
-    plan = pickle.loads(sent)
+    plan = pickle.loads(path.read_bytes())
     _judge = plan.judge()
 
 
@@ -327,32 +383,40 @@ def _judge_in_worker(batch: list[Example]) -> list[Record]:
     return _judged(_judge, batch)
 
 
-def _fingerprint(model: PreTrainedModel) -> str:
-    """A few numbers of every parameter, hashed: another model is another run."""
+def _bytes_of(model: PreTrainedModel) -> Iterator[bytes]:
+    for name, values in model.state_dict().items():
+        yield name.encode()
+        yield values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+
+
+def _hash(parts: Iterable[bytes]) -> str:
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        values = parameter.detach().double().cpu()
-        digest.update(f"{name} {tuple(values.shape)} {values.sum():.6e}".encode())
+    for part in parts:
+        digest.update(part)
     return digest.hexdigest()[:12]
 
 
 def _are_labelled(texts: object) -> bool:
     return (
-        isinstance(texts, list | tuple) and bool(texts) and isinstance(texts[0], tuple)
+        isinstance(texts, list | tuple)
+        and bool(texts)
+        and all(isinstance(text, tuple) for text in texts)
     )
 
 
-def _data_name(texts: object) -> str:
+def _data_name(texts: object, first: Example) -> str:
     """What tells one set of texts from another, without a whole path."""
-    if isinstance(texts, str) and texts.startswith("hub:"):
-        return texts
+    if isinstance(texts, str | Path) and os.path.isfile(texts):
+        with open(texts, "rb") as file:
+            return f"{Path(texts).name} ({_hash(iter(lambda: file.read(2**20), b''))})"
     if isinstance(texts, str | Path):
-        size = os.path.getsize(texts) if os.path.exists(texts) else 0
-        return f"{Path(texts).name} ({size} bytes)"
+        return str(texts)
     if isinstance(texts, list | tuple):
-        digest = hashlib.sha256(repr(texts).encode("utf-8", "replace")).hexdigest()
-        return f"{len(texts)} texts ({digest[:12]})"
-    return str(getattr(texts, "_fingerprint", None) or type(texts).__name__)
+        whole = repr(texts).encode("utf-8", "replace")
+        return f"{len(texts)} texts ({_hash([whole])})"
+    # A stream does not know what it holds: its first text has to do.
+    known = getattr(texts, "_fingerprint", None) or _hash([first.text.encode()])
+    return f"{type(texts).__name__} ({known})"
 
 
 def _length(texts: object) -> int | None:

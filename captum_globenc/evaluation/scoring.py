@@ -13,7 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from captum_globenc.attribution.globenc import GlobEnc
-from captum_globenc.errors import InputError, NonFiniteActivationError
+from captum_globenc.errors import (
+    GlobEncError,
+    InputError,
+    NonFiniteActivationError,
+)
 from captum_globenc.evaluation import measures
 from captum_globenc.evaluation.perturbation import (
     ERASED_FRACTIONS,
@@ -78,10 +82,21 @@ class Judge:
     def tokenize(
         self, texts: Sequence[str], pairs: Sequence[str] | None = None
     ) -> Texts:
-        """A padded batch on the model's device."""
+        """A padded batch on the model's device.
+
+        Raises:
+            InputError: the tokenizer cannot pad.
+        """
+        if self.tokenizer.pad_token_id is None:
+            raise InputError(
+                f"{type(self.tokenizer).__name__} has no pad token, which batches "
+                "need: set tokenizer.pad_token."
+            )
         encoding = self.tokenizer(
             *([list(texts)] if pairs is None else [list(texts), list(pairs)]),
             padding=True,
+            # On the left it would move the positions of some models.
+            padding_side="right",
             truncation=self.max_tokens is not None,
             max_length=self.max_tokens,
             return_tensors="pt",
@@ -148,7 +163,19 @@ class Judge:
 
     def _score(self, name: str, scorer: Scorer, texts: Texts, target: Tensor) -> Tensor:
         """The scores of a method, 0 at padding."""
-        scores = scorer(texts.input_ids, texts.attention_mask, target, *texts.types)
+        try:
+            scores = scorer(texts.input_ids, texts.attention_mask, target, *texts.types)
+        except GlobEncError:
+            raise
+        except Exception as error:  # whatever a method raises
+            raise InputError(
+                f"method {name!r} fails: {type(error).__name__}: {error}"
+            ) from error
+        if not isinstance(scores, Tensor):
+            raise InputError(
+                f"method {name!r} gives {type(scores).__name__}, and a tensor of "
+                "scores is expected."
+            )
         scores = scores.detach()
         if scores.shape != texts.input_ids.shape:
             raise InputError(
