@@ -31,8 +31,8 @@ from tqdm import tqdm
 from transformers import BertConfig, BertForSequenceClassification
 
 from captum_globenc import GlobEnc
-from captum_globenc.architectures import find_encoder
 from captum_globenc.capture import record
+from captum_globenc.encoders import find_encoder
 from captum_globenc.records import LayerRecord
 from captum_globenc.weights import WeightCache, through_norms
 

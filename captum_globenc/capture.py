@@ -19,7 +19,7 @@ from torch.nn.modules.module import (
     register_module_forward_pre_hook,
 )
 
-from captum_globenc.architectures import Encoder, find_encoder, model_type
+from captum_globenc.encoders import Encoder, find_encoder, model_type
 from captum_globenc.errors import InputError, UnsupportedModelError
 from captum_globenc.interface import ACTIVE
 from captum_globenc.recorder import Recorder

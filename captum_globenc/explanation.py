@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
-from captum_globenc.architectures import find_encoder, unsupported
+from captum_globenc.encoders import find_encoder, unsupported
 from captum_globenc.errors import InputError, NonFiniteActivationError
 from captum_globenc.methods import Method, methods_named
 

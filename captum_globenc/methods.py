@@ -101,9 +101,12 @@ def scorer_of(
 
 
 def _captum_scorer(
-    method: Attribution, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    method: Attribution,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    options: Callable[[Tensor], dict[str, Any]] = lambda ids: {},
 ) -> Scorer:
-    """A Captum method as a scorer of batches."""
+    """A Captum method as a scorer of batches; ``options`` are for its ``attribute``."""
     # NoiseTunnel takes what the method inside takes.
     inner = getattr(method, "attribution_method", method)
     on_embeddings = isinstance(inner, GradientAttribution) and not isinstance(
@@ -113,15 +116,15 @@ def _captum_scorer(
 
     def scores(ids: Tensor, mask: Tensor, target: Tensor, *types: Tensor) -> Tensor:
         embed = model.get_input_embeddings() if on_embeddings else _unchanged
-        options: dict[str, Any] = {}
+        more = options(ids)
         if wants_baselines:
-            options["baselines"] = embed(_blank(ids, tokenizer)).detach()
+            more["baselines"] = embed(_blank(ids, tokenizer)).detach()
         inputs = embed(ids).detach()
         if on_embeddings:
             # Captum would set it by itself, with a warning.
             inputs.requires_grad_()
         found: Tensor = method.attribute(
-            inputs, target=target, additional_forward_args=(mask, *types), **options
+            inputs, target=target, additional_forward_args=(mask, *types), **more
         )
         return (found if found.ndim == 2 else found.sum(-1)).detach()
 
@@ -183,22 +186,16 @@ def _attention_last(model: PreTrainedModel, _: PreTrainedTokenizerBase) -> Score
 def _integrated_gradients(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Scorer:
-    method = IntegratedGradients(_logits(model, "inputs_embeds"))
     _pad_token(tokenizer)
-
-    def scores(ids: Tensor, mask: Tensor, target: Tensor, *types: Tensor) -> Tensor:
-        embed = model.get_input_embeddings()
-        found: Tensor = method.attribute(
-            embed(ids).detach(),
-            baselines=embed(_blank(ids, tokenizer)).detach(),
-            target=target,
-            additional_forward_args=(mask, *types),
-            n_steps=_STEPS,
-            internal_batch_size=max(_STEPS_AT_ONCE, len(ids)),
-        )
-        return found.sum(-1).detach()
-
-    return scores
+    return _captum_scorer(
+        IntegratedGradients(_logits(model, "inputs_embeds")),
+        model,
+        tokenizer,
+        lambda ids: {
+            "n_steps": _STEPS,
+            "internal_batch_size": max(_STEPS_AT_ONCE, len(ids)),
+        },
+    )
 
 
 def _saliency(model: PreTrainedModel, _: PreTrainedTokenizerBase) -> Scorer:
@@ -248,42 +245,30 @@ def _deep_lift(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Sc
 def _gradient_shap(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Scorer:
-    method = GradientShap(_logits(model, "inputs_embeds"))
     _pad_token(tokenizer)
-
-    def scores(ids: Tensor, mask: Tensor, target: Tensor, *types: Tensor) -> Tensor:
-        embed = model.get_input_embeddings()
-        found: Tensor = method.attribute(
-            embed(ids).detach(),
-            baselines=embed(_blank(ids, tokenizer)).detach(),
-            n_samples=_SHAP_BASELINES,
-            stdevs=0.0,
-            target=target,
-            additional_forward_args=(mask, *types),
+    return _repeatable(
+        _captum_scorer(
+            GradientShap(_logits(model, "inputs_embeds")),
+            model,
+            tokenizer,
+            lambda ids: {"n_samples": _SHAP_BASELINES, "stdevs": 0.0},
         )
-        return found.sum(-1).detach()
-
-    return _repeatable(scores)
+    )
 
 
 def _kernel_shap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Scorer:
-    method = KernelShap(_logits(model, "input_ids"))
     _pad_token(tokenizer)
-
-    def scores(ids: Tensor, mask: Tensor, target: Tensor, *types: Tensor) -> Tensor:
-        blank = _blank(ids, tokenizer)
-        found: Tensor = method.attribute(
-            ids,
-            baselines=blank,
-            target=target,
-            additional_forward_args=(mask, *types),
-            n_samples=_SHAP_SAMPLES,
-            perturbations_per_eval=_SAMPLES_AT_ONCE,
-        )
-        # The regression fits noise to tokens that are the same in the baseline.
-        return found.masked_fill(ids == blank, 0)
-
-    return _repeatable(scores)
+    scores = _captum_scorer(
+        KernelShap(_logits(model, "input_ids")),
+        model,
+        tokenizer,
+        lambda ids: {
+            "n_samples": _SHAP_SAMPLES,
+            "perturbations_per_eval": _SAMPLES_AT_ONCE,
+        },
+    )
+    # The regression fits noise to tokens that are the same in the baseline.
+    return _repeatable(_where_changed(scores, tokenizer))
 
 
 def _feature_ablation(
@@ -295,24 +280,19 @@ def _feature_ablation(
 
 
 def _occlusion(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Scorer:
-    method = Occlusion(_logits(model, "input_ids"))
     _pad_token(tokenizer)
-
-    def scores(ids: Tensor, mask: Tensor, target: Tensor, *types: Tensor) -> Tensor:
-        blank = _blank(ids, tokenizer)
-        found: Tensor = method.attribute(
-            ids,
-            sliding_window_shapes=(min(_WINDOW, ids.shape[1]),),
-            perturbations_per_eval=_SAMPLES_AT_ONCE,
-            baselines=blank,
-            target=target,
-            additional_forward_args=(mask, *types),
-        )
-        # A window reaches over the ends of what it changes.
-        return found.masked_fill(ids == blank, 0)
-
-    # The windows of a padded text would end elsewhere.
-    return _repeatable(scores)
+    scores = _captum_scorer(
+        Occlusion(_logits(model, "input_ids")),
+        model,
+        tokenizer,
+        lambda ids: {
+            "sliding_window_shapes": (min(_WINDOW, ids.shape[1]),),
+            "perturbations_per_eval": _SAMPLES_AT_ONCE,
+        },
+    )
+    # A window reaches over the ends of what it changes, and those of a padded text
+    # would end elsewhere.
+    return _repeatable(_where_changed(scores, tokenizer))
 
 
 def _random(_: PreTrainedModel, __: PreTrainedTokenizerBase) -> Scorer:
@@ -402,6 +382,15 @@ def _repeatable(scores: Scorer) -> Scorer:
         return found
 
     return one_by_one
+
+
+def _where_changed(scores: Scorer, tokenizer: PreTrainedTokenizerBase) -> Scorer:
+    """0 at tokens that are the same in the baseline."""
+
+    def masked(ids: Tensor, *given: Tensor) -> Tensor:
+        return scores(ids, *given).masked_fill(ids == _blank(ids, tokenizer), 0)
+
+    return masked
 
 
 @contextmanager

@@ -13,11 +13,8 @@ import torch
 from captum.attr import InterpretableEmbeddingBase
 from torch import Tensor, nn
 
-from captum_globenc.architectures import (
-    Encoder,
-    LayerModules,
-    supported_model_types,
-)
+from captum_globenc.architectures import supported_model_types
+from captum_globenc.encoders import Encoder, LayerModules
 from captum_globenc.errors import (
     InputError,
     NonFiniteActivationError,

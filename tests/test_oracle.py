@@ -68,8 +68,8 @@ def test_local_scores_and_rollout(family: str, name: str, dtype: torch.dtype) ->
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_vectors_rebuild_the_true_input_of_the_first_norm(family: str) -> None:
     """Σ_j (Σ_h α f + δ x) + b_O, from what the package records."""
-    from captum_globenc.architectures import find_encoder
     from captum_globenc.capture import record
+    from captum_globenc.encoders import find_encoder
     from captum_globenc.weights import WeightCache
 
     model = build(family)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from captum_globenc._captum import TargetType, select_targets
 from captum_globenc.aggregation import Scaled, sweep
-from captum_globenc.architectures import Encoder, find_encoder, unsupported
 from captum_globenc.attribution.arguments import (
     TokenIndex,
     check_seen,
@@ -20,6 +19,7 @@ from captum_globenc.attribution.arguments import (
     token_of_target,
 )
 from captum_globenc.capture import Captured, record
+from captum_globenc.encoders import Encoder, find_encoder, unsupported
 from captum_globenc.errors import NonFiniteActivationError
 from captum_globenc.local import local_score
 from captum_globenc.weights import WeightCache

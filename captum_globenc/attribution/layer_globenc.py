@@ -18,7 +18,6 @@ from captum_globenc._captum import (
     format_additional_forward_args,
 )
 from captum_globenc.adapters import shaped_like
-from captum_globenc.architectures import Encoder
 from captum_globenc.attribution.arguments import (
     TokenIndex,
     as_tensors,
@@ -26,6 +25,7 @@ from captum_globenc.attribution.arguments import (
     shown,
 )
 from captum_globenc.attribution.base import EncoderAttribution
+from captum_globenc.encoders import Encoder
 from captum_globenc.errors import InputError
 
 # What the tokens are called where a layer is called with keywords.

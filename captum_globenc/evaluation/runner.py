@@ -2,43 +2,35 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import multiprocessing
-import os
-import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from captum_globenc.architectures import find_encoder, unsupported
+from captum_globenc.encoders import find_encoder, unsupported
 from captum_globenc.errors import InputError
 from captum_globenc.evaluation import cost
 from captum_globenc.evaluation.data import Example, read_examples
+from captum_globenc.evaluation.identity import (
+    bytes_of,
+    data_name,
+    description,
+    hashed,
+    source_of,
+)
 from captum_globenc.evaluation.presets import PRESETS
 from captum_globenc.evaluation.result import BenchmarkResult
-from captum_globenc.evaluation.scoring import (
-    DEFAULT_MEASURES,
-    MEASURES,
-    Judge,
-    Record,
-)
+from captum_globenc.evaluation.scoring import DEFAULT_MEASURES, MEASURES, Record
 from captum_globenc.evaluation.store import Store
+from captum_globenc.evaluation.workers import Plan, pairs_of, run
 from captum_globenc.explanation import evaluating
-from captum_globenc.methods import methods_named, scorer_of
+from captum_globenc.methods import methods_named
 
 _COST_TEXTS = 20
-_PERTURBED_AT_ONCE = 64
 
 
 def benchmark(
@@ -135,7 +127,7 @@ def benchmark(
             "a classifier with at least two classes is needed, for the measures are "
             "changes of a class's probability."
         )
-    plan = _Plan(
+    plan = Plan(
         model=model,
         tokenizer=tokenizer,
         methods=chosen,
@@ -154,15 +146,15 @@ def benchmark(
         limit=limit,
     )
     first = list(islice(examples, max(1, cost_texts)))
-    described = {name: _described(method) for name, method in chosen.items()}
+    described = {name: description(method) for name, method in chosen.items()}
     settings = {
         "model": model.name_or_path and Path(model.name_or_path).name,
-        "weights": _hash(_bytes_of(model)),
-        "config": _hash([model.config.to_json_string().encode()]),
-        "tokenizer": _hash([repr(sorted(tokenizer.get_vocab().items())).encode()]),
-        "data": _data_name(texts, first[0]),
+        "weights": hashed(bytes_of(model)),
+        "config": hashed([model.config.to_json_string().encode()]),
+        "tokenizer": hashed([repr(sorted(tokenizer.get_vocab().items())).encode()]),
+        "data": data_name(texts, first[0]),
         "methods": described,
-        "sources": {name: _source(method) for name, method in chosen.items()},
+        "sources": {name: source_of(method) for name, method in chosen.items()},
         "measures": measures,
         "per_layer": per_layer,
         "columns": [text_column, pair_column, label_column],
@@ -175,7 +167,7 @@ def benchmark(
     with evaluating(model):
         if min(cost_texts, len(first)) > store.cost_texts:
             judge = plan.judge()
-            head = judge.tokenize([e.text for e in first], _pairs(first))
+            head = judge.tokenize([e.text for e in first], pairs_of(first))
             store.add_cost(cost.measure(model, judge.scorers, head), len(first))
         waiting = _batches(_chain(first, examples), batch_size, store.records)
         done = tqdm(
@@ -186,7 +178,7 @@ def benchmark(
             disable=not progress,
         )
         with done:
-            for records in _run(plan, waiting, processes):
+            for records in run(plan, waiting, processes):
                 store.add(records)
                 done.update(len(records))
     result = BenchmarkResult(
@@ -213,36 +205,6 @@ def benchmark(
     return result
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What a process needs to judge batches."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    methods: dict[str, Any]
-    measures: tuple[str, ...]
-    per_layer: bool
-    max_tokens: int | None
-
-    def judge(self) -> Judge:
-        scorers = {}
-        for name, method in self.methods.items():
-            if isinstance(method, str):
-                (named,) = methods_named(method).values()
-                scorers[name] = named.build(self.model, self.tokenizer)
-            else:
-                scorers[name] = scorer_of(method, self.model, self.tokenizer)
-        return Judge(
-            model=self.model,
-            tokenizer=self.tokenizer,
-            scorers=scorers,
-            measures=self.measures,
-            per_layer=self.per_layer,
-            max_tokens=self.max_tokens,
-            batch_size=_PERTURBED_AT_ONCE,
-        )
-
-
 def _chosen(methods: Mapping[str, Any] | Iterable[str]) -> dict[str, Any]:
     """Name → method, each checked as far as it can be."""
     if not isinstance(methods, Mapping):
@@ -267,28 +229,6 @@ def _chosen(methods: Mapping[str, Any] | Iterable[str]) -> dict[str, Any]:
     return dict(methods)
 
 
-def _source(method: Any) -> str | None:
-    """What tells one method of a user from another: a hash of its source code."""
-    if isinstance(method, str):
-        return None
-    function = getattr(method, "forward_func", method)
-    try:
-        source = inspect.getsource(function)
-    except (OSError, TypeError):  # a model, or typed in
-        source = type(function).__qualname__
-    return _hash([source.encode()])
-
-
-def _described(method: Any) -> str:
-    if isinstance(method, str):
-        return next(iter(methods_named(method).values())).reduction
-    if hasattr(method, "attribute"):
-        inner = getattr(method, "attribution_method", method)
-        around = "" if inner is method else f"{type(method).__name__} of "
-        return f"{around}{type(inner).__name__}; sum over hidden"
-    return f"the function {getattr(method, '__qualname__', type(method).__name__)}"
-
-
 def _batches(
     examples: Iterable[Example], size: int, done: Mapping[int, Record]
 ) -> Iterator[list[Example]]:
@@ -302,98 +242,10 @@ def _chain(first: list[Example], rest: Iterator[Example]) -> Iterator[Example]:
     yield from rest
 
 
-def _pairs(examples: list[Example]) -> list[str] | None:
-    pairs = [example.pair for example in examples if example.pair is not None]
-    return pairs or None
-
-
-def _judged(judge: Judge, batch: list[Example]) -> list[Record]:
-    texts = judge.tokenize([example.text for example in batch], _pairs(batch))
-    return [
-        {"index": example.index, "label": example.label, **record}
-        for example, record in zip(batch, judge.records(texts), strict=True)
-    ]
-
-
-def _run(
-    plan: _Plan, batches: Iterator[list[Example]], processes: int
-) -> Iterator[list[Record]]:
-    """The records of each batch, as soon as they are there."""
-    if processes == 1:
-        judge = plan.judge()
-        for batch in batches:
-            yield _judged(judge, batch)
-        return
-    with TemporaryDirectory() as folder:
-        # Through a file: a process that dies before it has read a large plan from a
-        # pipe would leave this one waiting.
-        path = Path(folder) / "plan"
-        try:
-            path.write_bytes(pickle.dumps(plan))
-        except Exception as error:  # whatever a method's parts raise
-            raise InputError(
-                f"a method or the model cannot be sent to another process ({error}): "
-                "use methods by name, or processes=1."
-            ) from error
-        try:
-            yield from _run_pool(path, batches, processes)
-        except BrokenProcessPool as error:
-            raise InputError(
-                "a process ended before its work was done: it was killed (out of "
-                "memory?), or a script calls benchmark outside of if __name__ == "
-                '"__main__".'
-            ) from error
-
-
-def _run_pool(
-    plan: Path, batches: Iterator[list[Example]], processes: int
-) -> Iterator[list[Record]]:
-    threads = max(1, torch.get_num_threads() // processes)
-    with ProcessPoolExecutor(
-        processes,
-        # Not fork: torch's threads do not survive it.
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_prepare,
-        initargs=(plan, threads),
-    ) as pool:
-        # A few at a time: the texts may be more than fit into memory.
-        running: set[Future[list[Record]]] = set()
-        for batch in batches:
-            running.add(pool.submit(_judge_in_worker, batch))
-            if len(running) >= 2 * processes:
-                finished, running = wait(running, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in finished)
-        while running:
-            finished, running = wait(running, return_when=FIRST_COMPLETED)
-            yield from (future.result() for future in finished)
-
-
-_judge: Judge | None = None  # of a worker process
-
-
-def _prepare(path: Path, threads: int) -> None:
-    global _judge
-    torch.set_num_threads(threads)
-    plan = pickle.loads(path.read_bytes())
-    _judge = plan.judge()
-
-
-def _judge_in_worker(batch: list[Example]) -> list[Record]:
-    assert _judge is not None
-    return _judged(_judge, batch)
-
-
-def _bytes_of(model: PreTrainedModel) -> Iterator[bytes]:
-    for name, values in model.state_dict().items():
-        yield name.encode()
-        yield values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-
-
-def _hash(parts: Iterable[bytes]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()[:12]
+def _length(texts: object) -> int | None:
+    if isinstance(texts, str | Path) or not hasattr(texts, "__len__"):
+        return None
+    return len(texts)
 
 
 def _are_labelled(texts: object) -> bool:
@@ -402,24 +254,3 @@ def _are_labelled(texts: object) -> bool:
         and bool(texts)
         and all(isinstance(text, tuple) for text in texts)
     )
-
-
-def _data_name(texts: object, first: Example) -> str:
-    """What tells one set of texts from another, without a whole path."""
-    if isinstance(texts, str | Path) and os.path.isfile(texts):
-        with open(texts, "rb") as file:
-            return f"{Path(texts).name} ({_hash(iter(lambda: file.read(2**20), b''))})"
-    if isinstance(texts, str | Path):
-        return str(texts)
-    if isinstance(texts, list | tuple):
-        whole = repr(texts).encode("utf-8", "replace")
-        return f"{len(texts)} texts ({_hash([whole])})"
-    # A stream does not know what it holds: its first text has to do.
-    known = getattr(texts, "_fingerprint", None) or _hash([first.text.encode()])
-    return f"{type(texts).__name__} ({known})"
-
-
-def _length(texts: object) -> int | None:
-    if isinstance(texts, str | Path) or not hasattr(texts, "__len__"):
-        return None
-    return len(texts)
