@@ -17,9 +17,9 @@ from captum_globenc import __version__
 from captum_globenc.errors import GlobEncError, InputError
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from captum_globenc.evaluation import BenchmarkResult
     from captum_globenc.explanation import Explanation
 
 app = typer.Typer(
@@ -149,7 +149,9 @@ def explain(
     if as_json:
         typer.echo(json.dumps(explanation.to_dict(), indent=2, allow_nan=False))
     else:
-        _print(explanation)
+        from captum_globenc.visualization import to_terminal
+
+        _show(to_terminal(explanation))
     if html is not None:
         typer.echo(f"Wrote {html}", err=as_json)
 
@@ -262,7 +264,9 @@ def benchmark(
         )
     except GlobEncError as error:
         _fail(str(error))
-    _print_result(result)
+    from captum_globenc.evaluation.terminal import to_terminal
+
+    _show(to_terminal(result))
     if output is not None:
         typer.echo(f"Wrote {output / 'index.html'}")
 
@@ -275,15 +279,6 @@ def _shipped_sentences() -> list[tuple[str, int]]:
     from captum_globenc import demo
 
     return demo.held_out_sentences()
-
-
-def _print_result(result: BenchmarkResult) -> None:
-    from rich.console import Console
-
-    from captum_globenc.evaluation.terminal import to_terminal
-
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
-    Console().print(to_terminal(result))
 
 
 def _load(
@@ -369,14 +364,12 @@ def _write_page(explanation: Explanation, path: Path) -> None:
         _fail(f"cannot write {str(path)!r}: {error.strerror}.")
 
 
-def _print(explanation: Explanation) -> None:
+def _show(tables: RenderableType) -> None:
     from rich.console import Console
-
-    from captum_globenc.visualization import to_terminal
 
     # Where the encoding lacks a character of the text, a "?" is better than an error.
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
-    Console().print(to_terminal(explanation))
+    Console().print(tables)
 
 
 def _fail(message: str) -> NoReturn:

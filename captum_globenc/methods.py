@@ -105,8 +105,13 @@ def _captum_scorer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     options: Callable[[Tensor], dict[str, Any]] = lambda ids: {},
+    reduce: Callable[[Tensor], Tensor] = lambda found: found.sum(-1),
 ) -> Scorer:
-    """A Captum method as a scorer of batches; ``options`` are for its ``attribute``."""
+    """A Captum method as a scorer of batches.
+
+    ``options`` gives arguments of its ``attribute``, and ``reduce`` takes the hidden
+    dimension away, where there is one.
+    """
     # NoiseTunnel takes what the method inside takes.
     inner = getattr(method, "attribution_method", method)
     on_embeddings = isinstance(inner, GradientAttribution) and not isinstance(
@@ -121,12 +126,13 @@ def _captum_scorer(
             more["baselines"] = embed(_blank(ids, tokenizer)).detach()
         inputs = embed(ids).detach()
         if on_embeddings:
-            # Captum would set it by itself, with a warning.
+            # A leaf, so that no gradient reaches the model's weights; Captum would
+            # make it one by itself, with a warning.
             inputs.requires_grad_()
         found: Tensor = method.attribute(
             inputs, target=target, additional_forward_args=(mask, *types), **more
         )
-        return (found if found.ndim == 2 else found.sum(-1)).detach()
+        return (found if found.ndim == 2 else reduce(found)).detach()
 
     return scores
 
@@ -162,7 +168,7 @@ def methods_named(
 
 def _globenc_of(local: str) -> Method:
     def build(model: PreTrainedModel, _: PreTrainedTokenizerBase) -> Scorer:
-        method = GlobEnc(_logits(model, "input_ids"), encoder=model, local=local)
+        method = GlobEnc(logits_of(model, "input_ids"), encoder=model, local=local)
 
         def scores(ids: Tensor, mask: Tensor, target: Tensor, *types: Tensor) -> Tensor:
             found: Tensor = method.attribute(ids, target, (mask, *types))
@@ -174,7 +180,7 @@ def _globenc_of(local: str) -> Method:
 
 
 def _attention_last(model: PreTrainedModel, _: PreTrainedTokenizerBase) -> Scorer:
-    method = GlobEnc(_logits(model, "input_ids"), encoder=model, local="W")
+    method = GlobEnc(logits_of(model, "input_ids"), encoder=model, local="W")
 
     def scores(ids: Tensor, mask: Tensor, target: Tensor, *types: Tensor) -> Tensor:
         local = method.decompose(ids, (mask, *types)).local
@@ -188,7 +194,7 @@ def _integrated_gradients(
 ) -> Scorer:
     _pad_token(tokenizer)
     return _captum_scorer(
-        IntegratedGradients(_logits(model, "inputs_embeds")),
+        IntegratedGradients(logits_of(model, "inputs_embeds")),
         model,
         tokenizer,
         lambda ids: {
@@ -198,35 +204,25 @@ def _integrated_gradients(
     )
 
 
-def _saliency(model: PreTrainedModel, _: PreTrainedTokenizerBase) -> Scorer:
-    method = Saliency(_logits(model, "inputs_embeds"))
-    return lambda *given: _gradient(method, model, *given).sum(-1)
+def _saliency(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Scorer:
+    method = Saliency(logits_of(model, "inputs_embeds"))
+    return _captum_scorer(method, model, tokenizer)
 
 
-def _input_x_gradient(model: PreTrainedModel, _: PreTrainedTokenizerBase) -> Scorer:
-    method = InputXGradient(_logits(model, "inputs_embeds"))
-    return lambda *given: _gradient(method, model, *given).norm(dim=-1)
-
-
-def _input_x_gradient_sum(model: PreTrainedModel, _: PreTrainedTokenizerBase) -> Scorer:
-    method = InputXGradient(_logits(model, "inputs_embeds"))
-    return lambda *given: _gradient(method, model, *given).sum(-1)
-
-
-def _gradient(
-    method: Saliency | InputXGradient,
-    model: PreTrainedModel,
-    ids: Tensor,
-    mask: Tensor,
-    target: Tensor,
-    *types: Tensor,
-) -> Tensor:
-    # A leaf, so that no gradient reaches the model's weights.
-    embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
-    found: Tensor = method.attribute(
-        embeddings, target=target, additional_forward_args=(mask, *types)
+def _input_x_gradient(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Scorer:
+    method = InputXGradient(logits_of(model, "inputs_embeds"))
+    return _captum_scorer(
+        method, model, tokenizer, reduce=lambda found: found.norm(dim=-1)
     )
-    return found.detach()
+
+
+def _input_x_gradient_sum(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Scorer:
+    method = InputXGradient(logits_of(model, "inputs_embeds"))
+    return _captum_scorer(method, model, tokenizer)
 
 
 def _deep_lift(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Scorer:
@@ -248,7 +244,7 @@ def _gradient_shap(
     _pad_token(tokenizer)
     return _repeatable(
         _captum_scorer(
-            GradientShap(_logits(model, "inputs_embeds")),
+            GradientShap(logits_of(model, "inputs_embeds")),
             model,
             tokenizer,
             lambda ids: {"n_samples": _SHAP_BASELINES, "stdevs": 0.0},
@@ -259,7 +255,7 @@ def _gradient_shap(
 def _kernel_shap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Scorer:
     _pad_token(tokenizer)
     scores = _captum_scorer(
-        KernelShap(_logits(model, "input_ids")),
+        KernelShap(logits_of(model, "input_ids")),
         model,
         tokenizer,
         lambda ids: {
@@ -275,14 +271,14 @@ def _feature_ablation(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Scorer:
     _pad_token(tokenizer)
-    method = FeatureAblation(_logits(model, "input_ids"))
+    method = FeatureAblation(logits_of(model, "input_ids"))
     return _captum_scorer(method, model, tokenizer)
 
 
 def _occlusion(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Scorer:
     _pad_token(tokenizer)
     scores = _captum_scorer(
-        Occlusion(_logits(model, "input_ids")),
+        Occlusion(logits_of(model, "input_ids")),
         model,
         tokenizer,
         lambda ids: {
@@ -343,7 +339,7 @@ METHODS: dict[str, Method] = {
 }
 
 
-def _logits(model: PreTrainedModel, name: str) -> Callable[..., Tensor]:
+def logits_of(model: PreTrainedModel, name: str) -> Callable[..., Tensor]:
     """The model as a function of ids or of embeddings, as Captum needs it."""
 
     def logits(inputs: Tensor, attention_mask: Tensor, *types: Tensor) -> Tensor:
@@ -362,7 +358,7 @@ class _Logits(nn.Module):
         self.model = model
 
     def forward(self, inputs: Tensor, mask: Tensor, *types: Tensor) -> Tensor:
-        return _logits(self.model, "inputs_embeds")(inputs, mask, *types)
+        return logits_of(self.model, "inputs_embeds")(inputs, mask, *types)
 
 
 def _repeatable(scores: Scorer) -> Scorer:
@@ -376,7 +372,7 @@ def _repeatable(scores: Scorer) -> Scorer:
         for row, used in enumerate(mask.bool()):
             own = [part[row : row + 1, used] for part in (ids, mask, *types)]
             seed = zlib.crc32(own[0].cpu().numpy().tobytes())
-            with _random_numbers(seed):
+            with random_numbers(seed):
                 values = scores(*own[:2], target[row : row + 1], *own[2:])
             found[row, used] = values[0].to(found)
         return found
@@ -394,7 +390,7 @@ def _where_changed(scores: Scorer, tokenizer: PreTrainedTokenizerBase) -> Scorer
 
 
 @contextmanager
-def _random_numbers(seed: int) -> Iterator[None]:
+def random_numbers(seed: int) -> Iterator[None]:
     """From this seed inside, and as if nothing had been drawn outside."""
     # Captum draws from both.
     before = np.random.get_state()

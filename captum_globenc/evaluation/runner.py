@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +169,7 @@ def benchmark(
             judge = plan.judge()
             head = judge.tokenize([e.text for e in first], pairs_of(first))
             store.add_cost(cost.measure(model, judge.scorers, head), len(first))
-        waiting = _batches(_chain(first, examples), batch_size, store.records)
+        waiting = _batches(chain(first, examples), batch_size, store.records)
         done = tqdm(
             desc="benchmark",
             unit=" texts",
@@ -235,11 +235,6 @@ def _batches(
     waiting = (example for example in examples if example.index not in done)
     while batch := list(islice(waiting, size)):
         yield batch
-
-
-def _chain(first: list[Example], rest: Iterator[Example]) -> Iterator[Example]:
-    yield from first
-    yield from rest
 
 
 def _length(texts: object) -> int | None:

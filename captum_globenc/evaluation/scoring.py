@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +29,7 @@ from captum_globenc.evaluation.perturbation import (
     strongest,
 )
 from captum_globenc.local import LOCAL_SCORES
-from captum_globenc.methods import METHODS, Scorer
+from captum_globenc.methods import METHODS, Scorer, logits_of, random_numbers
 
 #: Every measure; the last two attribute each text several times over.
 MEASURES = (
@@ -49,6 +48,8 @@ _REFERENCE = "input_x_gradient"
 _PERTURBED_SHARE = 0.3
 _INFIDELITY_SAMPLES = 10
 _SENSITIVITY_SAMPLES = 5
+# The same random numbers for every text, whatever ran before.
+_SEED = 0
 
 Record = dict[str, Any]
 
@@ -320,7 +321,7 @@ class Judge:
             chosen = self._drawn(text, len(ids))
             return chosen.double(), ids.masked_fill(chosen, self.mask_token)
 
-        with _seeded():
+        with random_numbers(_SEED):
             found: Tensor = infidelity(
                 probabilities,
                 perturb,
@@ -340,7 +341,7 @@ class Judge:
             varied = Texts({**text.inputs, "input_ids": ids}, text.candidates)
             return self._score(name, scorer, varied, target).double()
 
-        with _seeded():
+        with random_numbers(_SEED):
             found: Tensor = sensitivity_max(
                 explain,
                 text.input_ids,
@@ -362,7 +363,8 @@ class Judge:
         first = texts.attention_mask.int().argmax(-1)
         found: list[Record] = [{} for _ in rows]
         for name in LOCAL_SCORES:
-            method = GlobEnc(self._forward, encoder=self.model, local=name)
+            forward = logits_of(self.model, "input_ids")
+            method = GlobEnc(forward, encoder=self.model, local=name)
             arguments = (texts.attention_mask, *texts.types)
             decomposition = method.decompose(texts.input_ids, arguments)
             for kind in ("rollout", "single"):
@@ -382,11 +384,6 @@ class Judge:
                     found[row].setdefault(name, {})[kind] = values
         return found
 
-    def _forward(self, ids: Tensor, mask: Tensor, *types: Tensor) -> Tensor:
-        named = {"token_type_ids": types[0]} if types else {}
-        output = self.model(input_ids=ids, attention_mask=mask, **named)
-        return output.logits  # type: ignore[no-any-return]
-
     @property
     def mask_token(self) -> int:
         """The id that stands for a token that is left out.
@@ -400,11 +397,3 @@ class Judge:
                 "a token that is left out: set tokenizer.mask_token."
             )
         return int(self.tokenizer.mask_token_id)
-
-
-@contextmanager
-def _seeded() -> Iterator[None]:
-    """The same random numbers for every text, whatever ran before."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
