@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from captum_globenc import demo
     from captum_globenc.aggregation import Decomposition
     from captum_globenc.architectures import (
-        Architecture,
         register_architecture,
         supported_model_types,
     )
@@ -28,10 +27,11 @@ if TYPE_CHECKING:
         ReconstructionError,
         UnsupportedModelError,
     )
+    from captum_globenc.layouts import Architecture
     from captum_globenc.local import LOCAL_SCORES
 
 _HOMES = {
-    "Architecture": "architectures",
+    "Architecture": "layouts",
     "Decomposition": "aggregation",
     "GlobEnc": "attribution.globenc",
     "GlobEncError": "errors",

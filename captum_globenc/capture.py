@@ -9,19 +9,22 @@ exception.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
 
-from captum_globenc.encoders import Encoder, find_encoder, model_type
+from captum_globenc.architectures import model_type
+from captum_globenc.encoders import Encoder, find_encoder
 from captum_globenc.errors import InputError, UnsupportedModelError
-from captum_globenc.interface import ACTIVE
+from captum_globenc.interface import ACTIVE, listening
 from captum_globenc.recorder import Recorder
 from captum_globenc.records import EncoderRecord
 from captum_globenc.weights import WeightCache
@@ -33,6 +36,20 @@ _LOCK = threading.RLock()
 Output = TypeVar("Output")
 
 
+@dataclass(frozen=True)
+class Head:
+    """What was seen of the head, by which the token that it reads is found.
+
+    Args:
+        token_logits (list[Tensor]): (batch, tokens, n), what linear maps make of all
+            tokens.
+        vectors (list[Tensor]): (batch, n), what goes into or comes out of modules.
+    """
+
+    token_logits: list[Tensor] = field(default_factory=list)
+    vectors: list[Tensor] = field(default_factory=list)
+
+
 class Captured(NamedTuple, Generic[Output]):
     """What :func:`record` returns.
 
@@ -40,20 +57,21 @@ class Captured(NamedTuple, Generic[Output]):
         output (Any): what the recorded function returned.
         run (EncoderRecord): the encoder's run.
         encoder (Encoder): the encoder.
-        token_logits (list[Tensor]): (batch, tokens), the outputs of linear maps of all
-            tokens to one or two logits each, as heads for question answering have them.
+        head (Head): what ran after it.
     """
 
     output: Output
     run: EncoderRecord
     encoder: Encoder
-    token_logits: list[Tensor]
+    head: Head
 
 
 def record(
     function: Callable[[], Output], encoder: Encoder | None, weights: WeightCache
 ) -> Captured[Output]:
     """Call ``function`` once and record the encoder that runs in it.
+
+    Compiled models run as they were before: hooks do not run in compiled code.
 
     Args:
         function (callable): calls the model, once.
@@ -76,37 +94,52 @@ def record(
             raise InputError("an attribution was started inside another one's run.")
         recorder = ACTIVE.listener = Recorder(weights)
         undo.callback(setattr, ACTIVE, "listener", None)
+        undo.enter_context(torch.compiler.set_stance("force_eager"))
+        undo.enter_context(listening())
         if encoder is None:
             undo.enter_context(_installed_on_sight(recorder))
         else:
             undo.enter_context(recorder.installed(encoder))
-        token_logits = undo.enter_context(_token_logits())
+        head = undo.enter_context(_watched_head(recorder))
         output = function()
         run = recorder.finish()
         assert recorder.encoder is not None
-        return Captured(output, run, recorder.encoder, token_logits)
+        return Captured(output, run, recorder.encoder, head)
 
 
 @contextmanager
-def _token_logits() -> Iterator[list[Tensor]]:
-    """Collect what linear maps make of all tokens, where it is one or two numbers."""
+def _watched_head(recorder: Recorder) -> Iterator[Head]:
+    """Collect what goes through modules once the layers have run."""
     thread = threading.get_ident()
-    found: list[Tensor] = []
+    head = Head()
 
-    def keep(module: nn.Module, _: Any, output: Any) -> None:
-        if (
-            isinstance(module, nn.Linear)
-            and module.out_features <= 2
-            and output.ndim == 3
-            and threading.get_ident() == thread
-        ):
-            found.extend(output.detach().unbind(-1))
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        if threading.get_ident() != thread or not recorder.is_past_layers:
+            return
+        if isinstance(module, nn.Linear) and output.ndim == 3:
+            head.token_logits.append(output.detach())
+        head.vectors.extend(
+            value.detach()
+            for value in (*_tensors(args), *_tensors(output))
+            if value.ndim == 2 and value.is_floating_point()
+        )
 
     handle = register_module_forward_hook(keep)
     try:
-        yield found
+        yield head
     finally:
         handle.remove()
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """The tensors in what modules take and return."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, Mapping):
+        yield from _tensors(tuple(values.values()))
+    elif isinstance(values, tuple | list):
+        for value in values:
+            yield from _tensors(value)
 
 
 @contextmanager
@@ -122,9 +155,7 @@ def _installed_on_sight(recorder: Recorder) -> Iterator[None]:
         searched.update(id(part) for part in module.modules())
         encoder = find_encoder(module)
         if encoder is None:
-            kind = model_type(module)
-            name = type(module).__name__
-            recorder.seen.append(f"{name} of model type {kind!r}" if kind else name)
+            recorder.seen.append((type(module).__name__, model_type(module)))
         elif recorder.encoder is None:
             undo.enter_context(recorder.installed(encoder))
         elif encoder.module is not recorder.encoder.module:

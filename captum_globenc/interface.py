@@ -1,20 +1,25 @@
 """The attention that an encoder runs with while it is recorded.
 
-An attention function, registered with ``transformers.AttentionInterface``, computes
-what torch's own fast one does and tells the recorder of the calling thread what went
-in. A mask function is registered beside it: without one, padding would silently be
-attended.
+Whatever a model is made of, its layers attend by
+``torch.nn.functional.scaled_dot_product_attention``, and the recorder of the calling
+thread is told what goes in there: queries and keys after any rotation, the mask with
+any bias. For models of transformers an attention function that calls it is registered
+with ``transformers.AttentionInterface``, and a mask function beside it: without one,
+padding would silently be attended. ``torch.nn.MultiheadAttention`` calls it where
+torch's fused kernels are switched off and no attention weights are wanted.
 """
 
 from __future__ import annotations
 
+import inspect
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -22,24 +27,54 @@ from transformers.masking_utils import sdpa_mask
 from captum_globenc.errors import InputError, UnsupportedModelError
 
 _NAME = "captum_globenc"
-# Arguments with which an attention function computes more than softmax(QK)V.
-_FOREIGN = ("softcap", "s_aux", "position_bias", "head_mask")
+# Arguments with which an attention function computes more than softmax(QK + mask)V.
+_FOREIGN: tuple[str, ...] = ("softcap", "s_aux", "head_mask")
+# What torch.nn.MultiheadAttention takes after query, key, value and padding mask.
+_MULTIHEAD_OPTIONS = ("need_weights", "attn_mask", "average_attn_weights", "is_causal")
+# Older releases of transformers would leave the bias out without a word.
+if "position_bias" not in inspect.signature(sdpa_attention_forward).parameters:
+    _FOREIGN += ("position_bias",)
+
+
+class Attended(NamedTuple):
+    """One call of scaled dot-product attention.
+
+    Args:
+        query (Tensor): (batch, heads, receivers, head size).
+        key (Tensor): (batch, heads, sources, head size), repeated where several heads
+            share one.
+        value (Tensor): likewise.
+        mask (Tensor or None): boolean (True: attended) or added to the logits.
+        scaling (float): factor of the logits.
+        context (Tensor): what came out, (batch, heads, receivers, head size).
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    scaling: float
+    context: Tensor
+
+    def weights(self) -> Tensor:
+        """The attention weights, (batch, heads, receivers, sources)."""
+        logits = self.query @ self.key.mT * self.scaling
+        if self.mask is not None:
+            if self.mask.dtype == torch.bool:
+                logits = logits.masked_fill(~self.mask, -torch.inf)
+            else:
+                logits = logits + self.mask
+        return logits.softmax(-1)
 
 
 class Listener(Protocol):
-    """Who is told of every call of the attention function."""
+    """Who is told of every call of scaled dot-product attention."""
 
-    def attend(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        scaling: float,
-        context: Tensor,
-    ) -> None:
-        """Hear what the attention of ``module`` saw, and what it returns."""
+    has_begun: bool
+    """Whether the first layer has begun."""
+
+    def attend(self, call: Attended) -> None:
+        """Hear what went in, and what came out."""
 
 
 class Active(threading.local):
@@ -49,6 +84,108 @@ class Active(threading.local):
 
 
 ACTIVE = Active()
+
+
+@contextmanager
+def listening() -> Iterator[None]:
+    """Tell the thread's listener of calls of torch's scaled dot-product attention.
+
+    Calls of other threads, which find the same function, go through.
+    """
+    original = functional.scaled_dot_product_attention
+
+    def heard(*args: Any, **kwargs: Any) -> Tensor:
+        context: Tensor = original(*args, **kwargs)
+        if ACTIVE.listener is not None:
+            ACTIVE.listener.attend(_call(context, *args, **kwargs))
+        return context
+
+    fused = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        functional.scaled_dot_product_attention = heard
+        yield
+    finally:
+        functional.scaled_dot_product_attention = original
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+@contextmanager
+def weightless(attention: nn.Module, heard: Callable[[], Attended]) -> Iterator[None]:
+    """Let ``torch.nn.MultiheadAttention`` attend as if nobody wanted its weights.
+
+    With weights it would not call scaled dot-product attention. Who asks for them gets
+    them all the same, from what was heard.
+
+    Args:
+        attention (nn.Module): any other kind of module is left alone.
+        heard (callable): gives the module's last call.
+    """
+    if not isinstance(attention, nn.MultiheadAttention):
+        yield
+        return
+    wanted: list[bool] = []
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        if ACTIVE.listener is None:
+            return None  # another thread's call
+        given = {**dict(zip(_MULTIHEAD_OPTIONS, args[4:])), **kwargs}
+        wanted[:] = [
+            given.pop("need_weights", True),
+            given.pop("average_attn_weights", True),
+        ]
+        return args[:4], {**given, "need_weights": False}
+
+    def leave(module: nn.Module, args: Any, output: Any) -> Any:
+        if ACTIVE.listener is None or not wanted[0]:
+            return output
+        weights = heard().weights()
+        return output[0], weights.mean(1) if wanted[1] else weights
+
+    with ExitStack() as undo:
+        before = attention.register_forward_pre_hook(enter, with_kwargs=True)
+        undo.callback(before.remove)
+        # In front of the hooks of others: they see what they would have seen.
+        after = attention.register_forward_hook(leave, prepend=True)
+        undo.callback(after.remove)
+        yield
+
+
+def _call(
+    context: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Attended:
+    """A call from the arguments that torch's function has."""
+    if enable_gqa:
+        key, value = (
+            t.repeat_interleave(query.shape[-3] // t.shape[-3], -3)
+            for t in (key, value)
+        )
+    if is_causal:
+        square = query.new_ones(query.shape[-2], key.shape[-2], dtype=torch.bool)
+        attn_mask = square.tril()
+    if dropout_p > 0:
+        raise UnsupportedModelError(
+            f"the model attends with dropout {dropout_p:g}, though it is in evaluation "
+            "mode: its attention must not depend on chance."
+        )
+    if attn_mask is not None and attn_mask.ndim < 4:
+        attn_mask = attn_mask[(None,) * (4 - attn_mask.ndim)]
+    return Attended(
+        query,
+        key,
+        value,
+        attn_mask,
+        query.shape[-1] ** -0.5 if scale is None else scale,
+        context,
+    )
 
 
 @contextmanager
@@ -82,7 +219,7 @@ def _attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function: torch's own fast one, and a note of what went in."""
+    """The attention function: torch's own fast one, where it is all that there is."""
     foreign = [name for name in _FOREIGN if kwargs.get(name) is not None]
     if foreign:
         raise UnsupportedModelError(
@@ -91,21 +228,10 @@ def _attention(
         )
     if attention_mask is not None:
         _check_mask(attention_mask, query, key)
-    output = sdpa_attention_forward(
+    output: tuple[Tensor, None] = sdpa_attention_forward(
         module, query, key, value, attention_mask, scaling=scaling, **kwargs
     )
-    listener = ACTIVE.listener
-    if listener is not None:
-        factor = query.shape[-1] ** -0.5 if scaling is None else scaling
-        causal = kwargs.get("is_causal")
-        if causal is None:
-            causal = getattr(module, "is_causal", True)
-        if attention_mask is None and causal:
-            # Without a mask a causal module leaves the masking to sdpa.
-            square = query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool)
-            attention_mask = square.tril()[None, None]
-        listener.attend(module, query, key, value, attention_mask, factor, output[0])
-    return output  # type: ignore[no-any-return]
+    return output
 
 
 def _mask(

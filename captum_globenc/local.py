@@ -18,8 +18,9 @@ so off the diagonal
 and on the diagonal there is one vector per token.
 
 The paper covers post-LN layers. In a pre-LN layer no norm follows the residuals, so M
-is the identity and N_RES_LN and N_ENC are N_RES; the norm after the last layer is the M
-of that layer's N_ENC. This is an extension of this project.
+is the identity and N_RES_LN and N_ENC are N_RES; a norm after the last layer belongs to
+the M of that layer's N_ENC. An RMSNorm has no centring. A LayerScale is a part of the
+f^h. These are extensions of this project.
 """
 
 from __future__ import annotations
@@ -72,12 +73,12 @@ def attention_weights_residual(record: LayerRecord) -> Rows:
 
     def rows(receivers: Receivers) -> Tensor:
         alpha = record.attention(receivers)
-        own = _own_vectors(record, alpha, receivers, norms=2)
+        own = _own_vectors(record, alpha, receivers, norms=None)
         context = torch.einsum("bhij,bhjd->bihd", alpha, record.value.to(record.dtype))
         mixed = context.flatten(2) @ record.weights.output.T
         mixed = mixed + take(record.hidden, receivers).to(record.dtype)
-        scale = _scale(record, receivers, norms=2)[..., None]
-        others = through_norms(mixed, record.weights.gammas) / scale - own
+        scale = _scale(record, receivers, norms=None)[..., None]
+        others = through_norms(mixed, record.weights.norms) / scale - own
         ratio = others.norm(dim=-1)
         ratio = ratio / (ratio + own.norm(dim=-1))
         off = _set_diagonal(alpha.mean(1), receivers, torch.zeros_like(ratio))
@@ -127,7 +128,7 @@ def norms_encoder(record: LayerRecord) -> Rows:
 
     :math:`g^2_{ij} = \gamma_2 \odot C(g^1_{ij}) / s^2_i` (Modarressi et al. 2022).
     """
-    return _norms_through(record, norms=2)
+    return _norms_through(record, norms=None)
 
 
 #: Every local score by its name.
@@ -158,8 +159,8 @@ def local_score(name: str) -> LocalScore:
     )
 
 
-def _norms_through(record: LayerRecord, norms: int) -> Rows:
-    r""":math:`c_i \|M (a_{ij} + \delta_{ij} x_i)\|`, M of the norms that follow."""
+def _norms_through(record: LayerRecord, norms: int | None) -> Rows:
+    r""":math:`c_i \|M (a_{ij} + \delta_{ij} x_i)\|`, M of so many norms; None: all."""
     gram = _source_gram(record, norms)
 
     def rows(receivers: Receivers) -> Tensor:
@@ -172,7 +173,7 @@ def _norms_through(record: LayerRecord, norms: int) -> Rows:
     return rows
 
 
-def _source_gram(record: LayerRecord, norms: int) -> Tensor:
+def _source_gram(record: LayerRecord, norms: int | None) -> Tensor:
     """G_j of every source, folded onto its upper triangle (off the diagonal doubled).
 
     Returns:
@@ -213,18 +214,18 @@ def _quadratic(gram: Tensor, alpha: Tensor) -> Tensor:
 
 
 def _own_vectors(
-    record: LayerRecord, alpha: Tensor, receivers: Receivers, norms: int
+    record: LayerRecord, alpha: Tensor, receivers: Receivers, norms: int | None
 ) -> Tensor:
     """c_i M (a_ii + x_i), the vectors on the diagonal, (batch, receivers, hidden)."""
     own = _diagonal(alpha, receivers)[..., None]  # (batch, receivers, heads, 1)
     value = take(record.value.transpose(1, 2), receivers).to(record.dtype)
     vectors = (own * value).flatten(2) @ record.weights.output.T
     vectors = vectors + take(record.hidden, receivers).to(record.dtype)
-    vectors = through_norms(vectors, record.weights.gammas[:norms])
+    vectors = through_norms(vectors, record.weights.norms[:norms])
     return vectors / _scale(record, receivers, norms)[..., None]
 
 
-def _scale(record: LayerRecord, receivers: Receivers, norms: int) -> Tensor:
+def _scale(record: LayerRecord, receivers: Receivers, norms: int | None) -> Tensor:
     """1 / c_i: the product of the norms' standard deviations, (batch, receivers)."""
     scale = take(torch.ones_like(record.attended, dtype=record.dtype), receivers)
     for deviation in record.scales[:norms]:

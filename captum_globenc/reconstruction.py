@@ -33,6 +33,9 @@ def tolerance(*dtypes: torch.dtype) -> float:
 
     Args:
         dtypes (torch.dtype): what the model computed in; the coarsest counts.
+
+    Returns:
+        *float*: relative to the largest true value.
     """
     largest = max(_TOLERANCE[dtype] for dtype in dtypes)
     if torch.get_float32_matmul_precision() != "highest" and torch.float32 in dtypes:
@@ -76,6 +79,7 @@ def project(
     context: Tensor,
     scales: Sequence[Tensor | None],
     weights: LayerWeights,
+    feed_forward_scale: Tensor | None = None,
 ) -> LayerProjections:
     """The projections of one layer.
 
@@ -87,11 +91,16 @@ def project(
         scales (sequence of Tensor or None): standard deviations in the norm after each
             residual, (batch, tokens).
         weights (LayerWeights): what the layer is decomposed with.
+        feed_forward_scale (Tensor or None): (hidden), multiplies that branch.
     """
     dtype = weights.probe.dtype
     projected = {
         step: vectors.to(dtype) @ weights.probe for step, vectors in steps.items()
     }
+    if feed_forward_scale is not None:
+        scaled = feed_forward_scale.detach().to(dtype) * weights.probe
+        branch = steps["feed_forward.output"].to(dtype)
+        projected["feed_forward.output"] = branch @ scaled
     projected["mixed"] = (
         context.to(dtype) @ weights.output_probe + weights.output_offset
     )
@@ -185,7 +194,7 @@ def check_final_norm(
     weights: LayerWeights,
     attended: Tensor,
 ) -> None:
-    """Check the norm that follows the last layer of a pre-LN encoder.
+    """Check the norm that follows the last layer.
 
     Args:
         last (LayerProjections): the last layer's.
@@ -202,9 +211,14 @@ def check_final_norm(
     true = torch.stack(
         [before.to(dtype) @ weights.probe, after.to(dtype) @ weights.probe]
     )
-    rebuilt = torch.stack([last.steps["output"], weights.normed(1, before, scale)])
+    rebuilt = torch.stack([last.steps["output"], weights.normed(-1, before, scale)])
     parts = ["the input of the final norm", "the output of the final norm"]
-    check(last.name, parts, true, rebuilt, attended, last.tolerance)
+    largest = last.tolerance
+    norm = weights.norms[-1]
+    if norm is not None and not norm.centred:
+        # The RMSNorms of transformers compute in float32 whatever the model's dtype.
+        largest = max(largest, tolerance(torch.float32))
+    check(last.name, parts, true, rebuilt, attended, largest)
 
 
 def check(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,17 +9,20 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from captum.attr import InterpretableEmbeddingBase
 from torch import Tensor, nn
 
 from captum_globenc.architectures import supported_model_types
-from captum_globenc.encoders import Encoder, LayerModules
-from captum_globenc.errors import (
-    InputError,
-    NonFiniteActivationError,
-    UnsupportedModelError,
+from captum_globenc.encoders import Encoder, LayerModules, refusals
+from captum_globenc.errors import NonFiniteActivationError, UnsupportedModelError
+from captum_globenc.inputs import check_inputs
+from captum_globenc.interface import (
+    Attended,
+    attended_tokens,
+    check_attended,
+    switched,
+    weightless,
 )
-from captum_globenc.interface import attended_tokens, check_attended, switched
+from captum_globenc.parts import scale_of
 from captum_globenc.reconstruction import (
     POST_NORM_STEPS,
     PRE_NORM_STEPS,
@@ -30,16 +32,18 @@ from captum_globenc.reconstruction import (
     project,
 )
 from captum_globenc.records import EncoderRecord, Grid, LayerRecord
-from captum_globenc.weights import WeightCache, centre, working_dtype
+from captum_globenc.weights import WeightCache, working_dtype
 
 
 @dataclass
 class _Draft:
     """A layer whose forward is under way: what has been seen of it so far."""
 
+    name: str
+    modules: LayerModules
     hidden: Tensor
-    attention: dict[str, Any] = field(default_factory=dict)
-    context: Tensor | None = None
+    attends: bool = False
+    call: Attended | None = None
     # "part.input" and "part.output" of the watched parts
     steps: dict[str, Tensor] = field(default_factory=dict)
 
@@ -49,15 +53,26 @@ class Recorder:
 
     def __init__(self, weights: WeightCache) -> None:
         self.encoder: Encoder | None = None
-        self.seen: list[str] = []
+        self.seen: list[tuple[str, str | None]] = []
         self._weights = weights
         self._thread = threading.get_ident()
         self._draft: _Draft | None = None
         self._layers: list[LayerRecord] = []
         self._attended: Tensor | None = None
         self._projections: list[LayerProjections] = []
+        self._output: Tensor | None = None
         self._final: tuple[Tensor, Tensor] | None = None
         self._grid: Grid | None = None
+        self.has_begun = False
+
+    @property
+    def is_past_layers(self) -> bool:
+        """Whether all layers have run, so that what runs now is the head."""
+        return (
+            self.encoder is not None
+            and self._draft is None
+            and len(self._layers) >= len(self.encoder.layers)
+        )
 
     @contextmanager
     def installed(self, encoder: Encoder) -> Iterator[None]:
@@ -71,11 +86,12 @@ class Recorder:
                     # Not module.train(): it would also switch this module's parts.
                     undo.callback(setattr, module, "training", True)
                     module.training = False
-            self._hook(undo, encoder.embeddings, before=self._check_inputs)
+            if encoder.embeddings is not None:
+                self._hook(undo, encoder.embeddings, before=self._check_inputs)
             if encoder.patches is not None:
                 self._hook(undo, encoder.patches, after=self._keep_grid)
-            for index, modules in enumerate(encoder.layers):
-                self._hook_layer(undo, index, modules)
+            for modules in encoder.layers:
+                self._hook_layer(undo, modules)
             if encoder.final_norm is not None:
                 self._hook(undo, encoder.final_norm, after=self._keep_final)
             yield
@@ -83,18 +99,13 @@ class Recorder:
     def finish(self) -> EncoderRecord:
         """The record, once the run is over."""
         if self.encoder is None:
-            seen = ", ".join(dict.fromkeys(self.seen)) or "no torch.nn.Module"
+            raise self._nothing_ran()
+        found, expected = len(self._layers), len(self.encoder.layers)
+        if found < expected or (found > expected and not self._is_shared):
             raise UnsupportedModelError(
-                "No supported encoder ran inside forward_func (seen: "
-                f"{seen}; supported model types: {', '.join(supported_model_types())})"
-                ". Pass the whole model as encoder=, or describe its layers with "
-                "captum_globenc.register_architecture."
-            )
-        if len(self._layers) != len(self.encoder.layers):
-            raise UnsupportedModelError(
-                f"{type(self.encoder.module).__name__}: {len(self._layers)} of "
-                f"{len(self.encoder.layers)} layers ran inside forward_func; each "
-                "layer must run once, in the calling thread."
+                f"{type(self.encoder.module).__name__}: {found} of {expected} layers "
+                "ran inside forward_func; each layer must run once, in the calling "
+                "thread."
             )
         for layer in self._projections:
             if not layer.steps["output"].isfinite().all():
@@ -104,12 +115,37 @@ class Recorder:
                     "or for overflow (float16?)."
                 )
         assert self._attended is not None
+        assert self._output is not None
         check_layers(self._projections, self._attended)
         if self.encoder.final_norm is not None:
             self._finish_final(self.encoder.final_norm)
-        return EncoderRecord(tuple(self._layers), self._attended, self._grid)
+        return EncoderRecord(
+            tuple(self._layers), self._attended, self._output, self._grid
+        )
 
-    def _finish_final(self, norm: nn.LayerNorm) -> None:
+    @property
+    def _is_shared(self) -> bool:
+        return self.encoder is not None and self.encoder.architecture.shared
+
+    def _nothing_ran(self) -> UnsupportedModelError:
+        reasons = refusals([kind for _, kind in self.seen if kind is not None])
+        if reasons:
+            return UnsupportedModelError(
+                f"No supported encoder ran inside forward_func: {reasons}"
+            )
+        names = [
+            f"{name} of model type {kind!r}" if kind else name
+            for name, kind in self.seen
+        ]
+        seen = ", ".join(dict.fromkeys(names)) or "no torch.nn.Module"
+        return UnsupportedModelError(
+            "No supported encoder ran inside forward_func (seen: "
+            f"{seen}; supported model types: {', '.join(supported_model_types())})"
+            ". Pass the whole model as encoder=, or describe its layers with "
+            "captum_globenc.register_architecture."
+        )
+
+    def _finish_final(self, norm: nn.Module) -> None:
         """The norm after the last layer becomes a part of it."""
         if self._final is None:
             assert self.encoder is not None
@@ -121,11 +157,12 @@ class Recorder:
         last, attended = self._layers[-1], self._attended
         assert attended is not None
         with torch.no_grad(), torch.autocast(before.device.type, enabled=False):
-            scale = _scale(before, norm)
+            scale = _scale(norm, before)
             check_final_norm(
                 self._projections[-1], before, after, scale, last.weights, attended
             )
-        self._layers[-1] = replace(last, scales=(None, scale))
+        self._layers[-1] = replace(last, scales=(*last.scales[:-1], scale))
+        self._output = after
 
     def _hook(
         self,
@@ -151,16 +188,20 @@ class Recorder:
 
             undo.callback(module.register_forward_hook(leave).remove)
 
-    def _hook_layer(self, undo: ExitStack, index: int, modules: LayerModules) -> None:
+    def _hook_layer(self, undo: ExitStack, modules: LayerModules) -> None:
         def begin(_: nn.Module, args: Any, kwargs: Any) -> None:
-            self._begin(index, modules, args[0] if args else kwargs["hidden_states"])
+            tensors = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+            hidden = kwargs.get("hidden_states", next(tensors, None))
+            assert isinstance(hidden, Tensor)
+            self._begin(modules, self._batch_first(hidden))
 
         def end(_: nn.Module, args: Any, output: Any) -> None:
             output = output[0] if isinstance(output, tuple) else output
             with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
-                self._end(modules, output)
+                self._end(self._batch_first(output))
 
         self._hook(undo, modules.layer, before=begin, after=end)
+        self._hook_attention(undo, modules.attention)
         for part, watched in modules.watched.items():
 
             def keep(_: nn.Module, args: Any, output: Tensor, part: str = part) -> None:
@@ -170,10 +211,33 @@ class Recorder:
                         "more than once. Is chunk_size_feed_forward set? Set it to 0. "
                         "Does one module serve as two parts? Give each its own."
                     )
-                self._draft.steps[f"{part}.input"] = args[0]
-                self._draft.steps[f"{part}.output"] = output
+                self._draft.steps[f"{part}.input"] = self._batch_first(args[0])
+                self._draft.steps[f"{part}.output"] = self._batch_first(output)
 
             self._hook(undo, watched, after=keep)
+
+    def _hook_attention(self, undo: ExitStack, attention: nn.Module) -> None:
+        def begin(*_: Any) -> None:
+            if self._draft is not None:
+                self._draft.attends = True
+
+        def end(*_: Any) -> None:
+            if self._draft is not None:
+                self._draft.attends = False
+
+        def heard() -> Attended:
+            assert self._draft is not None
+            assert self._draft.call is not None
+            return self._draft.call
+
+        self._hook(undo, attention, before=begin, after=end)
+        undo.enter_context(weightless(attention, heard))
+
+    def _batch_first(self, vectors: Tensor) -> Tensor:
+        assert self.encoder is not None
+        if self.encoder.architecture.batch_first:
+            return vectors
+        return vectors.transpose(0, 1)
 
     def _keep_grid(self, patches: nn.Conv2d, args: Any, output: Tensor) -> None:
         rows, columns = output.shape[-2:]
@@ -188,157 +252,107 @@ class Recorder:
             raise UnsupportedModelError(
                 "the norm after the last layer ran more than once inside forward_func."
             )
-        self._final = args[0].detach(), output.detach()
+        self._final = tuple(self._batch_first(t.detach()) for t in (args[0], output))  # type: ignore[assignment]
 
     def _check_inputs(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         assert self.encoder is not None
-        given = (
-            inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-        )
-        ids = given.get("input_ids")
-        tokens = ids if ids is not None else given.get("inputs_embeds")
-        if self.encoder.patches is not None:
-            _check_image(given.get("pixel_values"))
-        if tokens is None:
-            return
-        if ids is not None:
-            _check_ids(ids, self.encoder.module)
-        most = self.encoder.max_tokens
-        if most is not None and given.get("position_ids") is None:
-            _check_length(tokens.shape[1], most)
+        check_inputs(self.encoder, module, args, kwargs)
 
-    def _begin(self, index: int, modules: LayerModules, hidden: Tensor) -> None:
-        if index != len(self._layers) or self._draft is not None:
+    def _begin(self, modules: LayerModules, hidden: Tensor) -> None:
+        assert self.encoder is not None
+        index, name = len(self._layers), modules.name
+        if self._is_shared:
+            expected, name = True, f"{name} (run {index + 1})"
+        else:
+            layers = self.encoder.layers
+            expected = index < len(layers) and layers[index] is modules
+        if not expected or self._draft is not None:
             raise UnsupportedModelError(
-                f"layer {modules.name!r} ran out of order or a second time inside "
+                f"layer {name!r} ran out of order or a second time inside "
                 "forward_func; the encoder must run once, all layers in turn, each a "
                 "module of its own."
             )
-        self._draft = _Draft(hidden)
+        self.has_begun = True
+        self._draft = _Draft(name, modules, hidden)
 
-    def attend(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        scaling: float,
-        context: Tensor,
-    ) -> None:
-        """Keep what the attention function saw; ``context`` is what it returns."""
-        if self._draft is None or self.encoder is None:
+    def attend(self, call: Attended) -> None:
+        """Keep a call of scaled dot-product attention, if a layer attends by it."""
+        draft = self._draft
+        if draft is None or not draft.attends:
             return
-        modules = self.encoder.layers[len(self._layers)]
-        if module is not modules.attention:
-            return
+        if draft.call is not None or call.query.ndim != 4:
+            raise UnsupportedModelError(
+                f"layer {draft.name!r}: its attention must call scaled dot-product "
+                "attention once, with queries (batch, heads, tokens, head size); got "
+                f"shape {tuple(call.query.shape)}"
+                f"{'' if draft.call is None else ', for the second time'}."
+            )
+        draft.call = call
         if self._attended is None:
-            self._attended = attended_tokens(mask, query)
+            self._attended = attended_tokens(call.mask, call.query)
             check_attended(self._attended)
-        self._draft.attention = {
-            "query": query.detach(),
-            "key": key.detach(),
-            "value": value.detach(),
-            "mask": None if mask is None else mask.detach(),
-            "scaling": scaling,
-        }
-        self._draft.context = context.detach()
 
-    def _end(self, modules: LayerModules, output: Tensor) -> None:
+    def _end(self, output: Tensor) -> None:
         draft, self._draft = self._draft, None
         assert draft is not None
-        if draft.context is None:
+        modules, call = draft.modules, draft.call
+        if call is None:
             raise UnsupportedModelError(
-                f"layer {modules.name!r}: its attention did not go through "
-                "transformers.AttentionInterface, so it cannot be recorded. Supported "
+                f"layer {draft.name!r}: its attention did not go through "
+                "transformers.AttentionInterface or torch's "
+                "scaled_dot_product_attention, so it cannot be recorded. Supported "
                 f"model types: {', '.join(supported_model_types())}."
             )
         missing = {f"{part}.output" for part in modules.watched} - set(draft.steps)
         if missing:
             parts = " and ".join(sorted(step.split(".")[0] for step in missing))
             raise UnsupportedModelError(
-                f"layer {modules.name!r}: its {parts} did not run; see "
+                f"layer {draft.name!r}: its {parts} did not run; see "
                 "captum_globenc.register_architecture."
             )
         assert self.encoder is not None
-        scales: tuple[Tensor | None, Tensor | None] = (None, None)
-        if self.encoder.is_pre_norm:
-            wanted = PRE_NORM_STEPS
-        else:
-            wanted = POST_NORM_STEPS
-            first, second = modules.norms
-            assert first is not None
-            assert second is not None
-            scales = (
-                _scale(draft.steps["attention_norm.input"], first),
-                _scale(draft.steps["output_norm.input"], second),
-            )
+        first, second, _ = modules.parts.norms
+        scales = tuple(
+            None if norm is None else _scale(norm, draft.steps[f"{part}.input"])
+            for part, norm in (("attention_norm", first), ("output_norm", second))
+        )
+        pre_norm = self.encoder.architecture.is_pre_norm
+        wanted = PRE_NORM_STEPS if pre_norm else POST_NORM_STEPS
         steps = {step: draft.steps[step] for step in wanted}
-        weights = self._weights.get(modules.name, modules.output, modules.norms)
+        weights = self._weights.get(modules.name, modules.parts)
         dtype = weights.probe.dtype
-        probe = weights.probe[: draft.context.shape[-1]]
-        value = draft.attention["value"].transpose(1, 2)
+        context = call.context.detach().transpose(1, 2)
+        probe = weights.probe[: context.shape[-1]]
         assert self._attended is not None
+        self._output = output.detach()
         self._layers.append(
             LayerRecord(
-                name=modules.name,
+                name=draft.name,
+                query=call.query.detach(),
+                key=call.key.detach(),
+                value=call.value.detach(),
+                mask=None if call.mask is None else call.mask.detach(),
+                scaling=call.scaling,
                 hidden=draft.hidden.detach(),
-                scales=scales,
-                value_probe=value.to(dtype) @ probe,
-                context_probe=draft.context.to(dtype) @ probe,
+                scales=(*scales, None),
+                value_probe=call.value.detach().transpose(1, 2).to(dtype) @ probe,
+                context_probe=context.to(dtype) @ probe,
                 weights=weights,
                 attended=self._attended,
-                **draft.attention,
             )
         )
         self._projections.append(
             project(
-                modules.name,
+                draft.name,
                 {"hidden": draft.hidden, "output": output, **steps},
-                draft.context.flatten(2),
+                context.flatten(2),
                 scales,
                 weights,
+                modules.feed_forward_scale,
             )
         )
 
 
-def _scale(vectors: Tensor, norm: nn.LayerNorm) -> Tensor:
-    """sqrt(var + eps) over the hidden dimension, biased, (batch, tokens)."""
-    values = centre(vectors.to(working_dtype(vectors.dtype)))
-    # Not var(), which takes five times as long.
-    squares = values.norm(dim=-1).square()
-    scale: Tensor = (squares / values.shape[-1] + norm.eps).sqrt()
-    return scale
-
-
-def _check_ids(ids: Tensor, encoder: nn.Module) -> None:
-    table = encoder.get_input_embeddings()  # type: ignore[operator]
-    if isinstance(table, InterpretableEmbeddingBase):
-        return  # Captum's stand-in takes embeddings where ids belong.
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise InputError(f"input ids must be integers, got {ids.dtype}.")
-    size = table.num_embeddings
-    wrong = ids[(ids < 0) | (ids >= size)]
-    if wrong.numel():
-        raise InputError(
-            f"input id {int(wrong[0])} is outside the vocabulary of {size} "
-            f"(ids 0 to {size - 1}). Does the tokenizer belong to the model?"
-        )
-
-
-def _check_image(image: Tensor | None) -> None:
-    if image is None or image.ndim != 4:
-        found = "none" if image is None else f"shape {tuple(image.shape)}"
-        raise InputError(
-            "the model takes images, pixel_values of shape (batch, channels, height, "
-            f"width), got {found}."
-        )
-
-
-def _check_length(tokens: int, most: int) -> None:
-    if tokens > most:
-        raise InputError(
-            f"the input has {tokens} tokens and the model has positions for {most}: "
-            "shorten the text, or truncate when tokenizing (truncation=True, "
-            f"max_length={most})."
-        )
+def _scale(norm: nn.Module, vectors: Tensor) -> Tensor:
+    """The norm's denominators in the working dtype, (batch, tokens)."""
+    return scale_of(norm, vectors.to(working_dtype(vectors.dtype)))

@@ -45,9 +45,9 @@ class LayerRecord:
             shape broadcasts to (batch, heads, receivers, sources).
         scaling (float): factor of the logits.
         hidden (Tensor): the layer's input :math:`x`, (batch, tokens, hidden).
-        scales (tuple[Tensor or None, Tensor or None]): after the first and the second
-            residual, the true standard deviations :math:`s_i` in the norm that follows,
-            (batch, tokens); None where no norm does.
+        scales (tuple[Tensor or None, ...]): the true denominators :math:`s_i` in the
+            norm after the first residual and in those after the second one, (batch,
+            tokens) each; None where there is no norm.
         value_probe (Tensor): a random projection of ``value``, (batch, tokens, heads).
         context_probe (Tensor): the same projection of the attention's output, likewise:
             what ``attention`` must reproduce from ``value_probe``.
@@ -62,7 +62,7 @@ class LayerRecord:
     mask: Tensor | None
     scaling: float
     hidden: Tensor
-    scales: tuple[Tensor | None, Tensor | None]
+    scales: tuple[Tensor | None, ...]
     value_probe: Tensor
     context_probe: Tensor
     weights: LayerWeights
@@ -122,7 +122,7 @@ class LayerRecord:
             value=self.value[chosen],
             mask=mask if mask is None or len(mask) == 1 else mask[chosen],
             hidden=self.hidden[chosen],
-            scales=(_cut(self.scales[0], chosen), _cut(self.scales[1], chosen)),
+            scales=tuple(None if s is None else s[chosen] for s in self.scales),
             value_probe=self.value_probe[chosen],
             context_probe=self.context_probe[chosen],
             attended=self.attended[chosen],
@@ -136,10 +136,6 @@ class LayerRecord:
             batch = self.query.shape[0]
             mask = take(mask.expand(batch, -1, -1, -1), receivers)
         return mask.permute(0, 2, 3, 1)
-
-
-def _cut(values: Tensor | None, chosen: slice) -> Tensor | None:
-    return None if values is None else values[chosen]
 
 
 class Grid(NamedTuple):
@@ -166,11 +162,13 @@ class EncoderRecord:
     Args:
         layers (tuple[LayerRecord, ...]): bottom first.
         attended (Tensor): (batch, tokens), False at padding.
+        output (Tensor): (batch, tokens, hidden), the final representation.
         grid (Grid or None): the patches of the image; None where there was none.
     """
 
     layers: tuple[LayerRecord, ...]
     attended: Tensor
+    output: Tensor
     grid: Grid | None = None
 
     @property

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import transformers as t
+from packaging.version import Version
 from torch import Tensor, nn
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from tests import oracle
 
@@ -26,74 +29,147 @@ SIZES = {
 }
 
 
+def first(ids: Tensor) -> Tensor:
+    """The weight of each token of a sentence in what the head reads."""
+    return one(ids, 0)
+
+
+def last(ids: Tensor) -> Tensor:
+    return one(ids, len(ids) - 1)
+
+
+def mean(ids: Tensor) -> Tensor:
+    return torch.full((len(ids),), 1 / len(ids), dtype=torch.float64)
+
+
+def largest(ids: Tensor) -> Tensor:
+    return one(ids, int(ids.argmax()))
+
+
+def one(ids: Tensor, index: int) -> Tensor:
+    return nn.functional.one_hot(torch.tensor(index), len(ids)).double()
+
+
+class PooledT5(nn.Module):
+    """A T5 encoder with a head that reads the mean of the tokens."""
+
+    def __init__(self, config: t.T5Config) -> None:
+        super().__init__()
+        self.config = config
+        self.t5 = t.T5EncoderModel(config)
+        self.head = nn.Linear(config.d_model, config.num_labels)
+
+    def forward(
+        self, ids: Tensor | None = None, attention_mask=None, inputs_embeds=None
+    ) -> SequenceClassifierOutput:
+        states = self.t5(ids, attention_mask, inputs_embeds=inputs_embeds)[0]
+        mask = (
+            torch.ones(states.shape[:2]) if attention_mask is None else attention_mask
+        )
+        mask = mask[..., None].to(states)
+        pooled = (states * mask).sum(1) / mask.sum(1)
+        return SequenceClassifierOutput(logits=self.head(pooled))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.t5.get_input_embeddings()
+
+
+class PooledSiglip(nn.Module):
+    """SigLIP's text tower with a head that reads the last token.
+
+    Its own head reads the last position, which in a padded batch would be padding.
+    """
+
+    def __init__(self, config: t.SiglipTextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tower = t.SiglipTextModel(config)
+        self.head = nn.Linear(config.hidden_size, config.num_labels)
+
+    def forward(self, ids: Tensor, attention_mask=None) -> SequenceClassifierOutput:
+        states = self.tower(ids, attention_mask).last_hidden_state
+        mask = torch.ones_like(ids) if attention_mask is None else attention_mask
+        pooled = states[torch.arange(len(ids)), mask.sum(-1).long() - 1]
+        return SequenceClassifierOutput(logits=self.head(pooled))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.tower.get_input_embeddings()
+
+
+def mask_second(head: type[nn.Module]) -> type[nn.Module]:
+    """The same head, whose second argument is the attention mask as others have it."""
+
+    class Head(head):
+        def forward(self, ids=None, attention_mask=None, **kwargs):
+            return super().forward(ids, attention_mask=attention_mask, **kwargs)
+
+    return Head
+
+
 @dataclass(frozen=True)
 class Family:
     """How to build a family's model and where an oracle finds its weights."""
 
     config: Callable[[], t.PretrainedConfig]
     head: type[nn.Module]
-    encoder: str
-    paths: dict[str, str]
+    # Of these the first that is there: releases of transformers differ.
+    encoder: tuple[str, ...]
+    recipe: oracle.Recipe
+    reads: Callable[[Tensor], Tensor] = first
+    since: str = "5.0"
+    # Whether inputs_embeds give what ids give: in "padded" batches, for "whole" ones
+    # only, because the model looks for padding in ids, or "never".
+    embeddings: str = "padded"
 
 
-FAMILIES = {
-    "bert": Family(
-        lambda: t.BertConfig(**SIZES),
-        t.BertForSequenceClassification,
-        "bert",
+def bert_like(kind: str, encoder: str, **options: object) -> Family:
+    return Family(
+        lambda: getattr(t, f"{kind}Config")(**{**SIZES, **options}),
+        getattr(t, f"{kind}ForSequenceClassification"),
+        (encoder,),
         oracle.BERT_LIKE,
+    )
+
+
+def decoder(kind: str, recipe: oracle.Recipe, **options: object) -> Family:
+    sizes = {k: v for k, v in SIZES.items() if k != "type_vocab_size"}
+    return Family(
+        lambda: getattr(t, f"{kind}Config")(
+            **{**sizes, "num_key_value_heads": 2, **options}
+        ),
+        getattr(t, f"{kind}ForSequenceClassification"),
+        ("model",),
+        recipe,
+        last,
+        embeddings="whole",
+    )
+
+
+_ALL = {
+    "bert": bert_like("Bert", "bert"),
+    "roberta": bert_like("Roberta", "roberta"),
+    "xlm-roberta": bert_like("XLMRoberta", "roberta"),
+    # An embedding size of its own: ELECTRA then has a projection in between.
+    "electra": bert_like("Electra", "electra", embedding_size=16),
+    "camembert": bert_like("Camembert", "roberta"),
+    "data2vec-text": bert_like("Data2VecText", "data2vec_text"),
+    "ernie": bert_like("Ernie", "ernie"),
+    "layoutlm": replace(
+        bert_like("LayoutLM", "layoutlm"),
+        head=mask_second(t.LayoutLMForSequenceClassification),
     ),
-    "roberta": Family(
-        lambda: t.RobertaConfig(**SIZES),
-        t.RobertaForSequenceClassification,
-        "roberta",
-        oracle.BERT_LIKE,
+    "albert": replace(
+        bert_like("Albert", "albert", embedding_size=16, hidden_act="gelu"),
+        recipe=oracle.ALBERT,
     ),
-    "xlm-roberta": Family(
-        lambda: t.XLMRobertaConfig(**SIZES),
-        t.XLMRobertaForSequenceClassification,
-        "roberta",
-        oracle.BERT_LIKE,
+    "xlm-roberta-xl": replace(
+        bert_like("XLMRobertaXL", "roberta"), recipe=oracle.XLM_ROBERTA_XL
     ),
-    "electra": Family(
-        # An embedding size of its own: ELECTRA then has a projection in between.
-        lambda: t.ElectraConfig(**SIZES, embedding_size=16),
-        t.ElectraForSequenceClassification,
-        "electra",
-        oracle.BERT_LIKE,
-    ),
-    "camembert": Family(
-        lambda: t.CamembertConfig(**SIZES),
-        t.CamembertForSequenceClassification,
-        "roberta",
-        oracle.BERT_LIKE,
-    ),
-    "data2vec-text": Family(
-        lambda: t.Data2VecTextConfig(**SIZES),
-        t.Data2VecTextForSequenceClassification,
-        "data2vec_text",
-        oracle.BERT_LIKE,
-    ),
-    "ernie": Family(
-        lambda: t.ErnieConfig(**SIZES),
-        t.ErnieForSequenceClassification,
-        "ernie",
-        oracle.BERT_LIKE,
-    ),
-    "xlm-roberta-xl": Family(
-        lambda: t.XLMRobertaXLConfig(**SIZES),
-        t.XLMRobertaXLForSequenceClassification,
-        "roberta",
-        oracle.XLM_ROBERTA_XL,
-    ),
-    "roberta-prelayernorm": Family(
-        lambda: t.RobertaPreLayerNormConfig(**SIZES),
-        t.RobertaPreLayerNormForSequenceClassification,
-        "roberta_prelayernorm",
-        oracle.ROBERTA_PRELAYERNORM,
+    "roberta-prelayernorm": replace(
+        bert_like("RobertaPreLayerNorm", "roberta_prelayernorm"),
+        recipe=oracle.ROBERTA_PRELAYERNORM,
     ),
     "esm": Family(
-        # A table of positions: what the oracle does not know is rotation.
         lambda: t.EsmConfig(
             **{k: v for k, v in SIZES.items() if k != "type_vocab_size"},
             mask_token_id=3,
@@ -101,7 +177,7 @@ FAMILIES = {
             position_embedding_type="absolute",
         ),
         t.EsmForSequenceClassification,
-        "esm",
+        ("esm",),
         oracle.ESM,
     ),
     "distilbert": Family(
@@ -116,9 +192,113 @@ FAMILIES = {
             num_labels=3,
         ),
         t.DistilBertForSequenceClassification,
-        "distilbert",
+        ("distilbert",),
         oracle.DISTILBERT,
     ),
+    "modernbert": Family(
+        lambda: t.ModernBertConfig(
+            **{k: v for k, v in SIZES.items() if k != "type_vocab_size"},
+            local_attention=4,
+            bos_token_id=BOS,
+            eos_token_id=EOS,
+            cls_token_id=BOS,
+            sep_token_id=EOS,
+        ),
+        t.ModernBertForSequenceClassification,
+        ("model",),
+        oracle.MODERNBERT,
+        since="5.1",
+    ),
+    "eurobert": replace(
+        decoder("EuroBert", oracle.EUROBERT, classifier_pooling="mean")
+        if hasattr(t, "EuroBertConfig")
+        else Family(t.BertConfig, nn.Module, (), oracle.EUROBERT),
+        reads=mean,
+        since="5.3",
+        embeddings="padded",
+    ),
+    "nomic_bert": replace(
+        Family(
+            lambda: t.NomicBertConfig(**SIZES),
+            getattr(t, "NomicBertForSequenceClassification", nn.Module),
+            ("nomic_bert",),
+            oracle.NOMIC_BERT,
+        ),
+        since="5.5",
+    ),
+    "gpt2": Family(
+        lambda: t.GPT2Config(
+            vocab_size=VOCABULARY,
+            n_embd=24,
+            n_layer=3,
+            n_head=4,
+            n_inner=36,
+            n_positions=40,
+            pad_token_id=PAD,
+            bos_token_id=BOS,
+            eos_token_id=EOS,
+            num_labels=3,
+        ),
+        mask_second(t.GPT2ForSequenceClassification),
+        ("transformer",),
+        oracle.GPT2,
+        last,
+        embeddings="whole",
+    ),
+    "llama": decoder("Llama", oracle.LLAMA),
+    "mistral": decoder("Mistral", oracle.LLAMA, sliding_window=100),
+    "qwen2": decoder("Qwen2", oracle.LLAMA),
+    "qwen3": decoder("Qwen3", oracle.QWEN3, head_dim=6),
+    "t5": Family(
+        lambda: t.T5Config(
+            vocab_size=VOCABULARY,
+            d_model=24,
+            d_kv=6,
+            d_ff=36,
+            num_layers=3,
+            num_heads=4,
+            relative_attention_num_buckets=8,
+            relative_attention_max_distance=7,
+            feed_forward_proj="gated-gelu",
+            pad_token_id=PAD,
+            num_labels=3,
+        ),
+        PooledT5,
+        ("t5.encoder",),
+        oracle.T5,
+        mean,
+        since="5.15",
+    ),
+    "clip_text_model": Family(
+        # The end of a text is where its largest id is.
+        lambda: t.CLIPTextConfig(
+            **{k: v for k, v in SIZES.items() if k != "type_vocab_size"},
+            hidden_act="gelu",
+            projection_dim=3,
+            eos_token_id=2,
+        ),
+        t.CLIPTextModelWithProjection,
+        ("text_model.encoder", "text_model"),
+        oracle.CLIP_TEXT,
+        largest,
+        embeddings="never",
+    ),
+    "siglip_text_model": Family(
+        lambda: t.SiglipTextConfig(
+            **{k: v for k, v in SIZES.items() if k != "type_vocab_size"},
+        ),
+        PooledSiglip,
+        ("tower.text_model", "tower"),
+        oracle.SIGLIP_TEXT,
+        last,
+        embeddings="never",
+    ),
+}
+# Families that the installed release of transformers routes so that it can be recorded.
+FAMILIES = {
+    name: family
+    for name, family in _ALL.items()
+    if Version(t.__version__) >= Version(family.since)
 }
 
 
@@ -131,16 +311,64 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
 
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, nn.LayerNorm):
+            kind = type(module).__name__
+            if "Norm" in kind and getattr(module, "weight", None) is not None:
                 module.weight.copy_(1 + 0.4 * draw(module.weight.shape))
-                module.bias.copy_(0.3 * draw(module.bias.shape))
-            elif isinstance(module, nn.Linear):
+                if getattr(module, "bias", None) is not None:
+                    module.bias.copy_(0.3 * draw(module.bias.shape))
+            elif isinstance(module, nn.Linear) or kind == "Conv1D":
                 module.weight.copy_(draw(module.weight.shape) * 0.3)
                 if module.bias is not None:
                     module.bias.copy_(0.2 * draw(module.bias.shape))
             elif isinstance(module, nn.Embedding):
                 module.weight.copy_(draw(module.weight.shape))
     return model
+
+
+def in_own_dtype(model: nn.Module) -> nn.Module:
+    """Rounding out of the way: RMSNorms and rotations compute in float32 by default.
+
+    Transformers has them do so whatever the model's dtype is, and a comparison in
+    float64 would find that.
+    """
+    for module in model.modules():
+        if "RMSNorm" in type(module).__name__ or "T5LayerNorm" in type(module).__name__:
+            module.forward = functools.partial(_rms_norm, module)
+        elif "Rotary" in type(module).__name__:
+            module.forward = functools.partial(_rotary, module)
+    return model
+
+
+def _rms_norm(module: nn.Module, x: Tensor) -> Tensor:
+    scale = (x.square().mean(-1, keepdim=True) + module.variance_epsilon).rsqrt()
+    return module.weight * x * scale
+
+
+def _rotary(
+    module: nn.Module, x: Tensor, position_ids: Tensor, *kind: str
+) -> tuple[Tensor, Tensor]:
+    frequencies = getattr(module, "_".join([*kind, "inv_freq"])).double()
+    size = 2 * len(frequencies)
+    # From the base, because the frequencies themselves are in float32.
+    base = (frequencies[1] ** (-size / 2) / 1000).round() * 1000
+    powers = base ** (-torch.arange(0, size, 2).double() / size)
+    angles = position_ids[..., None].double() * powers
+    angles = torch.cat([angles, angles], -1)
+    return angles.cos().to(x), angles.sin().to(x)
+
+
+def _turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1):
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+
+    def turn(x: Tensor) -> Tensor:
+        first, second = x.chunk(2, -1)
+        return x * cos + torch.cat([-second, first], -1) * sin
+
+    return turn(q), turn(k)
+
+
+# ModernBERT also rotates in float32.
+t.models.modernbert.modeling_modernbert.apply_rotary_pos_emb = _turned
 
 
 def build(
@@ -155,18 +383,43 @@ def build(
     config._attn_implementation = attention
     if head is t.BertForQuestionAnswering:
         config.num_labels = 2  # start and end
-    return randomize((head or described.head)(config)).to(dtype).eval()
+    model = randomize((head or described.head)(config)).to(dtype).eval()
+    return in_own_dtype(model) if dtype == torch.float64 else model
 
 
 def encoder_of(family: str, model: nn.Module) -> nn.Module:
-    return model.get_submodule(FAMILIES[family].encoder)
+    """The module that holds the layers and runs them."""
+    described = FAMILIES[family]
+    start = described.recipe.layers.split(".")[0]
+    for path in described.encoder:
+        try:
+            encoder = model.get_submodule(path)
+        except AttributeError:
+            continue
+        if hasattr(encoder, start):
+            return encoder
+    raise LookupError(family)
+
+
+def position_table(family: str) -> nn.Embedding | None:
+    encoder = encoder_of(family, build(family))
+    tables = [
+        module
+        for name, module in encoder.named_modules()
+        if name.endswith(("position_embeddings", "position_embedding", "wpe"))
+    ]
+    return tables[0] if tables else None
+
+
+def takes_padded_embeddings(family: str) -> bool:
+    padded = FAMILIES[family].embeddings == "padded"
+    return padded and not numbers_positions_from_padding(family)
 
 
 def numbers_positions_from_padding(family: str) -> bool:
     """As RoBERTa does: the first position is the one after the padding's."""
-    model = build(family)
-    table = encoder_of(family, model).get_submodule("embeddings.position_embeddings")
-    return table.padding_idx is not None
+    table = position_table(family)
+    return table is not None and table.padding_idx is not None
 
 
 def sentence(tokens: int, seed: int = 0) -> Tensor:

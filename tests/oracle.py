@@ -8,97 +8,275 @@ the model's own hidden states.
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-BERT_LIKE = {
-    "layers": "encoder.layer",
-    "query": "attention.self.query",
-    "key": "attention.self.key",
-    "value": "attention.self.value",
-    "output": "attention.output.dense",
-    "norm1": "attention.output.LayerNorm",
-    "up": "intermediate.dense",
-    "down": "output.dense",
-    "norm2": "output.LayerNorm",
-}
-DISTILBERT = {
-    "layers": "transformer.layer",
-    "query": "attention.q_lin",
-    "key": "attention.k_lin",
-    "value": "attention.v_lin",
-    "output": "attention.out_lin",
-    "norm1": "sa_layer_norm",
-    "up": "ffn.lin1",
-    "down": "ffn.lin2",
-    "norm2": "output_layer_norm",
-}
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a family computes a layer, and where its weights are.
+
+    Post-LN where ``norm1`` is named, pre-LN where ``middle`` is.
+    """
+
+    layers: str
+    value: str
+    output: str
+    query: str = ""
+    key: str = ""
+    norm1: str = ""
+    norm2: str = ""
+    before: str = ""
+    middle: str = ""
+    final: str = ""
+    # Either two linear maps with GELU in between, or a module that is asked.
+    up: str = ""
+    down: str = ""
+    feed_forward: str = ""
+    # Where one linear map makes queries, keys and values, it is ``value``.
+    fused: bool = False
+    # Norms of each head's queries and keys (Qwen3).
+    query_norm: str = ""
+    key_norm: str = ""
+    # Vectors that multiply the two branches (LayerScale).
+    scale1: str = ""
+    scale2: str = ""
+    causal: bool = False
+    scaled: bool = True
+    # Base of the rotation and reach of the window of a layer, by its number.
+    rotary: Callable[[int], float] | None = None
+    window: Callable[[int], int | None] = lambda index: None
+    # (encoder, receiver, source, tokens) → (heads), added to the logits.
+    bias: Callable[[nn.Module, int, int, int], Tensor] | None = None
 
 
-XLM_ROBERTA_XL = {
-    "layers": "encoder.layer",
-    "final": "encoder.LayerNorm",
-    "before": "attention.self_attn_layer_norm",
-    "query": "attention.self.query",
-    "key": "attention.self.key",
-    "value": "attention.self.value",
-    "output": "attention.output.dense",
-    "middle": "LayerNorm",
-    "up": "intermediate.dense",
-    "down": "output.dense",
-}
-ROBERTA_PRELAYERNORM = {
-    **XLM_ROBERTA_XL,
-    "final": "LayerNorm",
-    "before": "attention.LayerNorm",
-    "middle": "intermediate.LayerNorm",
-}
-ESM = {
-    **XLM_ROBERTA_XL,
-    "final": "encoder.emb_layer_norm_after",
-    "before": "attention.LayerNorm",
-}
-VIT = {
-    "layers": "layers",
-    "before": "layernorm_before",
-    "query": "attention.q_proj",
-    "key": "attention.k_proj",
-    "value": "attention.v_proj",
-    "output": "attention.o_proj",
-    "middle": "layernorm_after",
-    "up": "mlp.fc1",
-    "down": "mlp.fc2",
-}
-VIT_OLD = {
-    "layers": "encoder.layer",
-    "before": "layernorm_before",
-    "query": "attention.attention.query",
-    "key": "attention.attention.key",
-    "value": "attention.attention.value",
-    "output": "attention.output.dense",
-    "middle": "layernorm_after",
-    "up": "intermediate.dense",
-    "down": "output.dense",
-}
+BERT_LIKE = Recipe(
+    layers="encoder.layer",
+    query="attention.self.query",
+    key="attention.self.key",
+    value="attention.self.value",
+    output="attention.output.dense",
+    norm1="attention.output.LayerNorm",
+    up="intermediate.dense",
+    down="output.dense",
+    norm2="output.LayerNorm",
+)
+DISTILBERT = Recipe(
+    layers="transformer.layer",
+    query="attention.q_lin",
+    key="attention.k_lin",
+    value="attention.v_lin",
+    output="attention.out_lin",
+    norm1="sa_layer_norm",
+    up="ffn.lin1",
+    down="ffn.lin2",
+    norm2="output_layer_norm",
+)
+ALBERT = Recipe(
+    layers="encoder.albert_layer_groups.0.albert_layers",
+    query="attention.query",
+    key="attention.key",
+    value="attention.value",
+    output="attention.dense",
+    norm1="attention.LayerNorm",
+    up="ffn",
+    down="ffn_output",
+    norm2="full_layer_layer_norm",
+)
+NOMIC_BERT = Recipe(
+    layers="layers",
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
+    value="self_attn.v_proj",
+    output="self_attn.o_proj",
+    norm1="post_attention_layernorm",
+    feed_forward="mlp",
+    norm2="post_mlp_layernorm",
+    rotary=lambda index: 1000.0,
+)
+XLM_ROBERTA_XL = Recipe(
+    layers="encoder.layer",
+    final="encoder.LayerNorm",
+    before="attention.self_attn_layer_norm",
+    query="attention.self.query",
+    key="attention.self.key",
+    value="attention.self.value",
+    output="attention.output.dense",
+    middle="LayerNorm",
+    up="intermediate.dense",
+    down="output.dense",
+)
+ROBERTA_PRELAYERNORM = replace(
+    XLM_ROBERTA_XL,
+    final="LayerNorm",
+    before="attention.LayerNorm",
+    middle="intermediate.LayerNorm",
+)
+ESM = replace(
+    XLM_ROBERTA_XL, final="encoder.emb_layer_norm_after", before="attention.LayerNorm"
+)
+MODERNBERT = Recipe(
+    layers="layers",
+    final="final_norm",
+    before="attn_norm",
+    value="attn.Wqkv",
+    fused=True,
+    output="attn.Wo",
+    middle="mlp_norm",
+    feed_forward="mlp",
+    # Every third layer sees all tokens, the others two to either side.
+    rotary=lambda index: 160_000.0 if index % 3 == 0 else 10_000.0,
+    window=lambda index: None if index % 3 == 0 else 2,
+)
+EUROBERT = Recipe(
+    layers="layers",
+    final="norm",
+    before="input_layernorm",
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
+    value="self_attn.v_proj",
+    output="self_attn.o_proj",
+    middle="post_attention_layernorm",
+    feed_forward="mlp",
+    rotary=lambda index: 10_000.0,
+)
+LLAMA = replace(EUROBERT, causal=True)
+QWEN3 = replace(LLAMA, query_norm="self_attn.q_norm", key_norm="self_attn.k_norm")
+GPT2 = Recipe(
+    layers="h",
+    final="ln_f",
+    before="ln_1",
+    value="attn.c_attn",
+    fused=True,
+    output="attn.c_proj",
+    middle="ln_2",
+    feed_forward="mlp",
+    causal=True,
+)
+CLIP = Recipe(
+    layers="encoder.layers",
+    before="layer_norm1",
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
+    value="self_attn.v_proj",
+    output="self_attn.out_proj",
+    middle="layer_norm2",
+    feed_forward="mlp",
+)
+CLIP_TEXT = replace(CLIP, final="final_layer_norm", causal=True)
+SIGLIP_TEXT = replace(CLIP, final="final_layer_norm")
+SIGLIP_VISION = replace(CLIP, final="post_layernorm")
+VIT = Recipe(
+    layers="layers",
+    final="layernorm",
+    before="layernorm_before",
+    query="attention.q_proj",
+    key="attention.k_proj",
+    value="attention.v_proj",
+    output="attention.o_proj",
+    middle="layernorm_after",
+    feed_forward="mlp",
+)
+# As in transformers 5.0.
+VIT_OLD = replace(
+    VIT,
+    layers="encoder.layer",
+    query="attention.attention.query",
+    key="attention.attention.key",
+    value="attention.attention.value",
+    output="attention.output.dense",
+    feed_forward="",
+    up="intermediate.dense",
+    down="output.dense",
+)
+DINOV2 = replace(
+    VIT,
+    layers="encoder.layer",
+    before="norm1",
+    middle="norm2",
+    scale1="layer_scale1.lambda1",
+    scale2="layer_scale2.lambda1",
+)
+DINOV2_OLD = replace(
+    DINOV2,
+    query="attention.attention.query",
+    key="attention.attention.key",
+    value="attention.attention.value",
+    output="attention.output.dense",
+)
+
+
+def t5_bias(encoder: nn.Module, i: int, j: int, tokens: int) -> Tensor:
+    """The bias of T5's first layer, which all use: buckets of distances.
+
+    Half of the buckets are for sources behind, half for sources in front; of each half
+    one half is exact and the other grows with the logarithm (Raffel et al. 2020).
+    """
+    attention = encoder.get_submodule("block.0.layer.0.SelfAttention")
+    half = attention.relative_attention_num_buckets // 2
+    exact, distance = half // 2, abs(j - i)
+    bucket = distance
+    if distance >= exact:
+        farthest = attention.relative_attention_max_distance
+        growth = math.log(distance / exact) / math.log(farthest / exact)
+        bucket = min(exact + int(growth * (half - exact)), half - 1)
+    if j > i:
+        bucket += half
+    return attention.relative_attention_bias.weight[bucket].double()
+
+
+T5 = Recipe(
+    layers="block",
+    final="final_layer_norm",
+    before="layer.0.layer_norm",
+    query="layer.0.SelfAttention.q",
+    key="layer.0.SelfAttention.k",
+    value="layer.0.SelfAttention.v",
+    output="layer.0.SelfAttention.o",
+    middle="layer.1.layer_norm",
+    feed_forward="layer.1.DenseReluDense",
+    scaled=False,
+    bias=t5_bias,
+)
+
+
+def beit_bias(encoder: nn.Module, i: int, j: int, tokens: int) -> Tensor:
+    """The bias that all layers share: the offset of two patches in the grid.
+
+    The last three rows of the table are for [CLS] to patch, patch to [CLS] and [CLS]
+    to itself (Bao et al. 2022).
+    """
+    table = encoder.shared_position_bias.relative_position_bias_table.double()
+    side = math.isqrt(tokens - 1)
+    if i == 0 or j == 0:
+        return table[-1 if i == j else (-3 if i == 0 else -2)]
+    down = (i - 1) // side - (j - 1) // side + side - 1
+    right = (i - 1) % side - (j - 1) % side + side - 1
+    return table[down * (2 * side - 1) + right]
+
+
+BEIT = replace(VIT, scale1="lambda_1", scale2="lambda_2", bias=beit_bias)
 
 
 @dataclass
 class Layer:
     """The quantities of one encoder layer, one example.
 
-    Norms: after the first and after the second residual, their weight and standard
-    deviations (tokens); None where none follows.
+    ``norm1`` follows the first residual and ``norms2`` the second, in order: the weight
+    of each, its denominators (tokens), and whether it centres.
     """
 
     x: Tensor  # (tokens, hidden), the input
     alpha: Tensor  # (heads, tokens, tokens)
     a: Tensor  # (receivers, sources, hidden), a_ij
     y: Tensor  # (tokens, hidden), after the first residual
-    norm1: tuple[Tensor, Tensor] | None
-    norm2: tuple[Tensor, Tensor] | None
+    norm1: tuple[Tensor, Tensor, bool] | None
+    norms2: list[tuple[Tensor, Tensor, bool]]
     output: Tensor  # (tokens, hidden)
 
 
@@ -106,78 +284,167 @@ def gelu(x: Tensor) -> Tensor:
     return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
 
 
-def layer_norm(x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """(output, standard deviation) from the definition."""
-    mean = x.sum(-1) / x.shape[-1]
-    variance = ((x - mean[:, None]) ** 2).sum(-1) / x.shape[-1]
-    deviation = (variance + norm.eps).sqrt()
-    weight, bias = norm.weight.double(), norm.bias.double()
-    return (x - mean[:, None]) / deviation[:, None] * weight + bias, deviation
+def norm_of(x: Tensor, norm: nn.Module) -> tuple[Tensor, tuple[Tensor, Tensor, bool]]:
+    """LayerNorm or RMSNorm from the definition: output, (weight, denominators, ...)."""
+    weight = norm.weight.double()
+    centred = isinstance(norm, nn.LayerNorm)
+    mean = x.sum(-1, keepdim=True) / x.shape[-1] if centred else 0
+    epsilon = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
+    deviation = (((x - mean) ** 2).sum(-1) / x.shape[-1] + epsilon).sqrt()
+    output = (x - mean) / deviation[:, None] * weight
+    if getattr(norm, "bias", None) is not None:
+        output = output + norm.bias.double()
+    return output, (weight, deviation, centred)
 
 
-def linear(x: Tensor, module: nn.Linear) -> Tensor:
-    return x @ module.weight.double().T + module.bias.double()
+def matrix(module: nn.Module) -> tuple[Tensor, Tensor]:
+    """(weight (out, in), bias) of a Linear, or of GPT-2's transposed one."""
+    weight = module.weight.double()
+    if not isinstance(module, nn.Linear):
+        weight = weight.T
+    bias = getattr(module, "bias", None)
+    return weight, torch.zeros(len(weight)).double() if bias is None else bias.double()
 
 
-@torch.no_grad()
-def attend(x: Tensor, part: dict[str, nn.Module], heads: int) -> tuple[Tensor, Tensor]:
-    """α (heads, receivers, sources) and a_ij, every f^h(x_j) on its own."""
-    tokens, hidden = x.shape
-    size = part["query"].out_features // heads
-    query, key, value = (linear(x, part[n]) for n in ("query", "key", "value"))
-    alpha = torch.zeros(heads, tokens, tokens, dtype=torch.float64)
-    a = torch.zeros(tokens, tokens, hidden, dtype=torch.float64)
-    output_weight = part["output"].weight.double()
-    for h in range(heads):
-        own = slice(h * size, (h + 1) * size)
-        for i in range(tokens):
-            logits = torch.stack(
-                [query[i, own] @ key[j, own] / math.sqrt(size) for j in range(tokens)]
-            )
-            exponentials = torch.exp(logits - logits.max())
-            alpha[h, i] = exponentials / exponentials.sum()
-        for j in range(tokens):
-            transformed = output_weight[:, own] @ value[j, own]  # f^h(x_j)
+def linear(x: Tensor, module: nn.Module) -> Tensor:
+    weight, bias = matrix(module)
+    return x @ weight.T + bias
+
+
+def rotate(x: Tensor, base: float) -> Tensor:
+    """Rotary positions: turn (x_k, x_{k + half}) by position × base^(-2k / size)."""
+    tokens, size = x.shape
+    result = torch.zeros_like(x)
+    for position in range(tokens):
+        for k in range(size // 2):
+            angle = position * base ** (-2 * k / size)
+            first, second = x[position, k], x[position, k + size // 2]
+            result[position, k] = first * math.cos(angle) - second * math.sin(angle)
+            result[position, k + size // 2] = second * math.cos(
+                angle
+            ) + first * math.sin(angle)
+    return result
+
+
+class Model:
+    """A layer stack with its recipe: what the formulas need of it."""
+
+    def __init__(self, encoder: nn.Module, recipe: Recipe) -> None:
+        config = encoder.config
+        self.encoder, self.recipe = encoder, recipe
+        self.heads = config.num_attention_heads
+        self.groups = getattr(config, "num_key_value_heads", None) or self.heads
+
+    def part(self, layer: nn.Module, name: str) -> nn.Module | None:
+        path = getattr(self.recipe, name)
+        return layer.get_submodule(path) if path else None
+
+    def scale(self, layer: nn.Module, name: str) -> Tensor | float:
+        path = getattr(self.recipe, name)
+        if not path:
+            return 1.0
+        owner, _, attribute = path.rpartition(".")
+        return getattr(layer.get_submodule(owner), attribute).double()
+
+    def heads_of(self, x: Tensor, layer: nn.Module, index: int) -> list[list[Tensor]]:
+        """Queries, keys and values of each head, (tokens, size) each."""
+        recipe = self.recipe
+        if recipe.fused:
+            together = linear(x, self.part(layer, "value"))
+            whole = together.chunk(3, -1)
+        else:
+            whole = [linear(x, self.part(layer, n)) for n in ("query", "key", "value")]
+        counts = (self.heads, self.groups, self.groups)
+        split = [list(w.chunk(n, -1)) for w, n in zip(whole, counts)]
+        for which, name in ((0, "query_norm"), (1, "key_norm")):
+            norm = self.part(layer, name)
+            if norm is not None:
+                split[which] = [norm_of(head, norm)[0] for head in split[which]]
+            if recipe.rotary is not None:
+                base = recipe.rotary(index)
+                split[which] = [rotate(head, base) for head in split[which]]
+        # Grouped queries: neighbouring heads share keys and values.
+        share = self.heads // self.groups
+        return [
+            split[0],
+            [split[1][h // share] for h in range(self.heads)],
+            [split[2][h // share] for h in range(self.heads)],
+        ]
+
+    def sees(self, i: int, j: int, index: int) -> bool:
+        reach = self.recipe.window(index)
+        return (not self.recipe.causal or j <= i) and (
+            reach is None or abs(i - j) <= reach
+        )
+
+    @torch.no_grad()
+    def attend(self, x: Tensor, layer: nn.Module, index: int) -> tuple[Tensor, Tensor]:
+        """α (heads, receivers, sources) and a_ij, every f^h(x_j) on its own."""
+        tokens = len(x)
+        query, key, value = self.heads_of(x, layer, index)
+        size = query[0].shape[-1]
+        factor = 1 / math.sqrt(size) if self.recipe.scaled else 1.0
+        weight, _ = matrix(self.part(layer, "output"))
+        alpha = torch.zeros(self.heads, tokens, tokens, dtype=torch.float64)
+        a = torch.zeros(tokens, tokens, len(weight), dtype=torch.float64)
+        scale = self.scale(layer, "scale1")
+        for h in range(self.heads):
             for i in range(tokens):
-                a[i, j] += alpha[h, i, j] * transformed
-    return alpha, a
+                seen = [j for j in range(tokens) if self.sees(i, j, index)]
+                logits = torch.stack([query[h][i] @ key[h][j] * factor for j in seen])
+                if self.recipe.bias is not None:
+                    bias = [self.recipe.bias(self.encoder, i, j, tokens) for j in seen]
+                    logits = logits + torch.stack([b[h] for b in bias])
+                exponentials = torch.exp(logits - logits.max())
+                alpha[h, i, seen] = exponentials / exponentials.sum()
+            for j in range(tokens):
+                own = weight[:, h * size : (h + 1) * size]
+                transformed = scale * (own @ value[h][j])  # f^h(x_j)
+                for i in range(tokens):
+                    a[i, j] += alpha[h, i, j] * transformed
+        return alpha, a
+
+    @torch.no_grad()
+    def feed_forward(self, z: Tensor, layer: nn.Module) -> Tensor:
+        module = self.part(layer, "feed_forward")
+        if module is not None:
+            return module.double()(z[None])[0]
+        up, down = self.part(layer, "up"), self.part(layer, "down")
+        return linear(gelu(linear(z, up)), down)
+
+    @torch.no_grad()
+    def run_layer(self, x: Tensor, layer: nn.Module, index: int) -> Layer:
+        """One layer on one example, (tokens, hidden)."""
+        _, offset = matrix(self.part(layer, "output"))
+        offset = self.scale(layer, "scale1") * offset
+        first = self.part(layer, "norm1")
+        if first is not None:
+            alpha, a = self.attend(x, layer, index)
+            y = x + a.sum(1) + offset
+            z, norm1 = norm_of(y, first)
+            o = z + self.feed_forward(z, layer)
+            output, norm2 = norm_of(o, self.part(layer, "norm2"))
+            return Layer(x, alpha, a, y, norm1, [norm2], output)
+        before = self.part(layer, "before")
+        normed = x if isinstance(before, nn.Identity) else norm_of(x, before)[0]
+        alpha, a = self.attend(normed, layer, index)
+        y = x + a.sum(1) + offset
+        z, _ = norm_of(y, self.part(layer, "middle"))
+        output = y + self.scale(layer, "scale2") * self.feed_forward(z, layer)
+        return Layer(x, alpha, a, y, None, [], output)
 
 
-@torch.no_grad()
-def run_layer(x: Tensor, layer: nn.Module, paths: dict[str, str], heads: int) -> Layer:
-    """One layer on one example, (tokens, hidden)."""
-    outside = ("layers", "final")
-    part = {n: layer.get_submodule(p) for n, p in paths.items() if n not in outside}
-    if "before" in part:
-        return run_pre_norm_layer(x, part, heads)
-    alpha, a = attend(x, part, heads)
-    y = x + a.sum(1) + part["output"].bias.double()
-    z, s1 = layer_norm(y, part["norm1"])
-    o = z + linear(gelu(linear(z, part["up"])), part["down"])
-    output, s2 = layer_norm(o, part["norm2"])
-    norm1 = part["norm1"].weight.double(), s1
-    norm2 = part["norm2"].weight.double(), s2
-    return Layer(x, alpha, a, y, norm1, norm2, output)
+def with_final_norm(last: Layer, norm: nn.Module) -> Layer:
+    """The last layer, with the norm that follows it."""
+    output, described = norm_of(last.output, norm)
+    return replace(last, norms2=[*last.norms2, described], output=output)
 
 
-@torch.no_grad()
-def run_pre_norm_layer(x: Tensor, part: dict[str, nn.Module], heads: int) -> Layer:
-    """x' = x + attention(LN(x)), x'' = x' + FFN(LN(x'))."""
-    alpha, a = attend(layer_norm(x, part["before"])[0], part, heads)
-    y = x + a.sum(1) + part["output"].bias.double()
-    z, _ = layer_norm(y, part["middle"])
-    output = y + linear(gelu(linear(z, part["up"])), part["down"])
-    return Layer(x, alpha, a, y, None, None, output)
-
-
-def with_final_norm(last: Layer, norm: nn.LayerNorm) -> Layer:
-    """The last pre-LN layer, with the norm that follows it."""
-    output, deviation = layer_norm(last.output, norm)
-    return replace(last, norm2=(norm.weight.double(), deviation), output=output)
-
-
-def centre(v: Tensor) -> Tensor:
-    return v - v.sum() / len(v)
+def through(v: Tensor, norm: tuple[Tensor, Tensor, bool], i: int) -> Tensor:
+    """γ ⊙ C(v) / s_i for one vector."""
+    gamma, deviation, centred = norm
+    centre = v.sum() / len(v) if centred else 0
+    return gamma * (v - centre) / deviation[i]
 
 
 @torch.no_grad()
@@ -191,12 +458,10 @@ def vectors(layer: Layer) -> dict[str, Tensor]:
         for j in range(tokens):
             g1[i, j] = residual[i, j]
             if layer.norm1 is not None:
-                gamma, deviation = layer.norm1
-                g1[i, j] = gamma * centre(g1[i, j]) / deviation[i]
+                g1[i, j] = through(g1[i, j], layer.norm1, i)
             g2[i, j] = g1[i, j]
-            if layer.norm2 is not None:
-                gamma, deviation = layer.norm2
-                g2[i, j] = gamma * centre(g2[i, j]) / deviation[i]
+            for norm in layer.norms2:
+                g2[i, j] = through(g2[i, j], norm, i)
     return {"N": plain, "N_RES": residual, "N_RES_LN": g1, "N_ENC": g2}
 
 
@@ -222,11 +487,12 @@ def local_score(layer: Layer, name: str) -> Tensor:
                 others = sum(family["N_ENC"][i, k] for k in range(tokens) if k != i)
                 others = others if isinstance(others, Tensor) else torch.zeros(1)
                 mixed, own = others.norm(), family["N_ENC"][i, i].norm()
-                r = mixed / (mixed + own)
+                rest = sum(float(weights[i, k]) for k in range(tokens) if k != i)
+                # A token that sees itself alone takes everything from itself.
+                r = mixed / (mixed + own) if rest else 0.0
                 if i == j:
                     n[i, j] = 1 - r
-                else:
-                    rest = sum(weights[i, k] for k in range(tokens) if k != i)
+                elif rest:
                     n[i, j] = r * weights[i, j] / rest
             else:
                 raise KeyError(name)
@@ -234,31 +500,38 @@ def local_score(layer: Layer, name: str) -> Tensor:
 
 
 @torch.no_grad()
-def run_encoder(encoder: nn.Module, paths: dict[str, str], ids: Tensor) -> list[Layer]:
-    """All layers on one unpadded example of ids, (tokens)."""
+def run_encoder(
+    encoder: nn.Module, recipe: Recipe, inputs: Tensor, name: str = "input_ids"
+) -> list[Layer]:
+    """All layers on one unpadded example of ids, (tokens), or one image."""
     seen: list[Tensor] = []
 
     def keep(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        seen.append(args[0] if args else kwargs["hidden_states"])
+        if not seen:
+            seen.append(args[0] if args else kwargs["hidden_states"])
 
-    bottom = encoder.get_submodule(paths["layers"])[0]
+    bottom = encoder.get_submodule(recipe.layers)[0]
     hook = bottom.register_forward_pre_hook(keep, with_kwargs=True)
-    encoder(input_ids=ids[None])
+    encoder(**{name: inputs[None]})
     hook.remove()
-    layers = run_layers(encoder, paths, seen[0][0].double())
-    if "final" in paths:
-        norm = encoder.get_submodule(paths["final"])
-        layers[-1] = with_final_norm(layers[-1], norm)
-    return layers
+    return run_layers(encoder, recipe, seen[0][0].double())
 
 
 @torch.no_grad()
-def run_layers(encoder: nn.Module, paths: dict[str, str], x: Tensor) -> list[Layer]:
+def run_layers(encoder: nn.Module, recipe: Recipe, x: Tensor) -> list[Layer]:
     """All layers on the embedded tokens of one example, (tokens, hidden)."""
+    # Modules that are asked are brought to float64 below: not the caller's.
+    model = Model(copy.deepcopy(encoder), recipe)
+    modules = list(model.encoder.get_submodule(recipe.layers))
+    if len(modules) == 1:  # ALBERT's serves as every layer
+        modules *= encoder.config.num_hidden_layers
     layers = []
-    for module in encoder.get_submodule(paths["layers"]):
-        layers.append(run_layer(x, module, paths, encoder.config.num_attention_heads))
+    for index, module in enumerate(modules):
+        layers.append(model.run_layer(x, module, index))
         x = layers[-1].output
+    if recipe.final:
+        norm = model.encoder.get_submodule(recipe.final)
+        layers[-1] = with_final_norm(layers[-1], norm)
     return layers
 
 

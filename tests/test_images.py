@@ -53,7 +53,7 @@ def images(count: int = 2, side: int = 12, dtype: torch.dtype = torch.float64):
     return torch.randn(count, 3, side, side, generator=generator).to(dtype)
 
 
-def paths(model: nn.Module) -> dict[str, str]:
+def recipe(model: nn.Module) -> oracle.Recipe:
     return oracle.VIT if hasattr(model.vit, "layers") else oracle.VIT_OLD
 
 
@@ -61,12 +61,11 @@ def paths(model: nn.Module) -> dict[str, str]:
 def literal(model: nn.Module, image: Tensor) -> list[oracle.Layer]:
     """The layers of one image by the oracle, the final norm in the last."""
     x = model.vit.embeddings(image[None])[0].double()
-    layers = oracle.run_layers(model.vit, paths(model), x)
-    return [*layers[:-1], oracle.with_final_norm(layers[-1], model.vit.layernorm)]
+    return oracle.run_layers(model.vit, recipe(model), x)
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:
-    return model.vit.get_submodule(paths(model)["layers"])
+    return model.vit.get_submodule(recipe(model).layers)
 
 
 def test_the_oracle_computes_the_model() -> None:
@@ -289,7 +288,7 @@ def test_a_layer_that_is_not_as_described(part: str) -> None:
     elif part == "layer":
         layer.register_forward_hook(doubled)
     elif part == "output":
-        layer.get_submodule(paths(model)["output"]).register_forward_hook(doubled)
+        layer.get_submodule(recipe(model).output).register_forward_hook(doubled)
     else:
         model.vit.layernorm.register_forward_hook(doubled)
     with pytest.raises(ReconstructionError):
@@ -314,7 +313,7 @@ def test_parts_that_are_missing_or_do_not_run() -> None:
 def test_a_final_norm_that_is_not_described(monkeypatch) -> None:
     """Without it the last layer is explained up to its output, as registered."""
     model = vit()
-    layout = next(a for a in _TABLE["vit"] if a.layers == paths(model)["layers"])
+    layout = next(a for a in _TABLE["vit"].layouts if a.layers == recipe(model).layers)
     monkeypatch.setattr("captum_globenc.architectures._TABLE", dict(_TABLE))
     register_architecture("vit", replace(layout, final_norm=None))
     local = GlobEnc(model).decompose(images(1)).local
@@ -327,13 +326,13 @@ def test_a_final_norm_that_is_not_described(monkeypatch) -> None:
     [
         {"output_norm": "layernorm_after"},
         {"feed_forward_norm": None},
-        {"feed_forward_norm": None, "attention_norm": "a", "output_norm": "b"},
+        {"attention_norm": "a"},
     ],
     ids=str,
 )
 def test_norms_in_two_places(change: dict) -> None:
     with pytest.raises(ValueError, match="either attention_norm and output_norm"):
-        replace(_TABLE["vit"][0], **change)
+        replace(_TABLE["vit"].layouts[0], **change)
 
 
 def test_sizes_that_do_not_divide() -> None:

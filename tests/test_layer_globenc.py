@@ -19,6 +19,7 @@ from captum.attr import (
 from torch import nn
 
 from captum_globenc import GlobEnc, InputError, LayerGlobEnc
+from captum_globenc.encoders import find_encoder
 from tests.conftest import left_behind
 from tests.models import FAMILIES, build, encoder_of, padded, sentence
 
@@ -35,12 +36,23 @@ def above(local: torch.Tensor, layer: int) -> torch.Tensor:
     return product
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def read(family: str, rows: torch.Tensor) -> torch.Tensor:
+    """What the head takes of (batch, receivers, sources) of the two sentences."""
+    lengths = MASK.sum(-1).tolist()
+    return torch.stack(
+        [
+            FAMILIES[family].reads(ids[:n]) @ row[:n]
+            for ids, row, n in zip(IDS, rows, lengths)
+        ]
+    )
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "albert"])
 @pytest.mark.parametrize("name", ["N_ENC", "W_RES"])
 def test_layers(family: str, name: str) -> None:
     model = build(family)
     encoder = encoder_of(family, model)
-    layers = list(encoder.get_submodule(FAMILIES[family].paths["layers"]))
+    layers = list(encoder.get_submodule(FAMILIES[family].recipe.layers))
     local = GlobEnc(model, local=name).decompose(IDS, (MASK,)).local
     method = LayerGlobEnc(model, layers, local=name)
     assert isinstance(method, LayerAttribution)
@@ -48,7 +60,7 @@ def test_layers(family: str, name: str) -> None:
         found = method.attribute(IDS, 1, (MASK,), attribute_to_layer_input=inputs)
         assert len(found) == len(layers) == 3
         for index, attributions in enumerate(found):
-            expected = above(local, index + (not inputs))[:, 0]
+            expected = read(family, above(local, index + (not inputs)))
             assert attributions.shape == (2, 8, 24)
             assert attributions.dtype == torch.float64
             torch.testing.assert_close(attributions.sum(-1), expected, **EXACT)
@@ -62,24 +74,33 @@ def test_layers(family: str, name: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_embeddings_give_the_global_scores(family: str) -> None:
     model = build(family)
-    encoder = encoder_of(family, model)
+    encoder = find_encoder(model)
+    assert encoder is not None
     expected = GlobEnc(model).attribute(IDS, 1, (MASK,))
-    parts = [
-        encoder.embeddings,
-        encoder.embeddings.word_embeddings,
-        encoder.embeddings.position_embeddings,
-    ]
+    table = encoder.token_table
+    parts = [encoder.embeddings, table]
+    positions = encoder.positions
+    if positions is not None and positions in list(encoder.embeddings.modules()):
+        parts.append(positions)
     for part, found in zip(
         parts, LayerGlobEnc(model, parts).attribute(IDS, 1, (MASK,))
     ):
         hidden = part.embedding_dim if isinstance(part, nn.Embedding) else None
-        hidden = hidden or encoder.embeddings.word_embeddings.embedding_dim
-        assert found.shape == (2, 8, hidden)
-        torch.testing.assert_close(found.sum(-1), expected, **EXACT)
-    ids = LayerGlobEnc(model, parts[1]).attribute(
+        rows = 1 if part is positions and found.shape[0] == 1 else 2
+        assert found.shape == (rows, 8, hidden or table.embedding_dim)
+        torch.testing.assert_close(found.sum(-1), expected[:rows], **EXACT)
+    ids = LayerGlobEnc(model, table).attribute(
         IDS, 1, (MASK,), attribute_to_layer_input=True
     )
     torch.testing.assert_close(ids, expected, **EXACT)
+
+
+def test_a_shared_layer_is_no_single_place() -> None:
+    model = build("albert")
+    layer = model.albert.encoder.albert_layer_groups[0].albert_layers[0]
+    with pytest.raises(InputError, match=r"albert_layers.0' runs 3 times.*decompose"):
+        LayerGlobEnc(model, layer).attribute(IDS, 1, (MASK,))
+    assert not left_behind(model)
 
 
 def test_token_index_target_and_normalize() -> None:
@@ -389,7 +410,7 @@ def test_captums_interpretable_parts_of_the_embeddings(family: str) -> None:
     """Each table of embeddings replaced, as older tutorials do."""
     model = build(family)
     expected = GlobEnc(model).attribute(IDS, 1, (MASK,))
-    prefix = f"{FAMILIES[family].encoder}.embeddings."
+    prefix = f"{FAMILIES[family].encoder[0]}.embeddings."
     names = ["word_embeddings", "position_embeddings"]
     if family == "bert":
         names.append("token_type_embeddings")

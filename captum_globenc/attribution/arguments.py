@@ -8,8 +8,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from captum_globenc._captum import TargetType
-from captum_globenc.capture import Captured
 from captum_globenc.errors import InputError
 from captum_globenc.records import EncoderRecord
 
@@ -147,60 +145,6 @@ def check_seen(inputs: Tensor, run: EncoderRecord) -> None:
         )
 
 
-def token_of_target(captured: Captured[Any], target: TargetType) -> TokenIndex:
-    """The token that a token-level head reads; None for other heads."""
-    output = output_tensor(captured.output)
-    if output.ndim == 1:
-        return _token_of_largest(output, captured)
-    if target is None or not _is_per_token(output, captured):
-        return None
-    if isinstance(target, Tensor):
-        return target
-    targets = target if isinstance(target, list) else [target]
-    chosen = [t[0] if isinstance(t, tuple) else t for t in targets]
-    if isinstance(target, list):
-        return torch.tensor(chosen, device=captured.run.attended.device)
-    return int(chosen[0])
-
-
-def _is_per_token(output: Tensor, captured: Captured[Any]) -> bool:
-    """Whether the output has a row, or a single logit, for every token."""
-    if tuple(output.shape[:2]) != captured.run.shape:
-        return False
-    if output.ndim > 2:
-        return True
-    # (batch, tokens) could as well be (batch, classes): it is per token where it ranks
-    # the tokens as a head of one logit per token does (softmax keeps the order).
-    attended = captured.run.attended
-    return any(
-        torch.equal(_order(output, attended), _order(logits, attended))
-        for logits in captured.token_logits
-    )
-
-
-def _order(values: Tensor, attended: Tensor) -> Tensor:
-    hidden = values.detach().masked_fill(~attended, -torch.inf)
-    return hidden.argsort(dim=-1, stable=True)
-
-
-def _token_of_largest(output: Tensor, captured: Captured[Any]) -> Tensor | None:
-    """The token whose logit the output is, as in Captum's question answering."""
-    for logits in captured.token_logits:
-        largest = logits.max(-1)
-        if largest.values.shape == output.shape and torch.equal(
-            largest.values, output.detach()
-        ):
-            attended = captured.run.attended.gather(1, largest.indices[:, None])[:, 0]
-            if not attended.all():
-                raise InputError(
-                    f"the largest logit of example {int(attended.int().argmin())} is "
-                    "that of a padding token: mask the logits in forward_func, or pass "
-                    "token_index."
-                )
-            return largest.indices
-    return None
-
-
 def start_of(
     token_index: TokenIndex, run: EncoderRecord
 ) -> tuple[Tensor, Tensor | None]:
@@ -214,9 +158,7 @@ def start_of(
     dtype = run.layers[0].dtype
     if isinstance(token_index, str) and token_index == "mean":
         return attended.to(dtype) / attended.sum(-1, keepdim=True), None
-    if token_index is None:
-        index = attended.int().argmax(-1)
-    elif isinstance(token_index, Tensor):
+    if isinstance(token_index, Tensor):
         whole = not token_index.is_floating_point() and token_index.dtype != torch.bool
         if not whole or token_index.numel() not in (1, batch):
             raise InputError(
@@ -224,8 +166,8 @@ def start_of(
                 f"{token_index.dtype} of shape {tuple(token_index.shape)}."
             )
         index = token_index.to(attended.device, torch.long).flatten().expand(batch)
-    elif isinstance(token_index, int) and not isinstance(token_index, bool):
-        index = torch.full((batch,), token_index, device=attended.device)
+    elif _is_index(token_index):
+        index = torch.full((batch,), token_index, device=attended.device)  # type: ignore[arg-type]
     else:
         raise InputError(
             'token_index must be an int, a LongTensor (batch,), "mean" or None, got '

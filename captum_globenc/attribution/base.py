@@ -16,8 +16,8 @@ from captum_globenc.attribution.arguments import (
     check_seen,
     output_tensor,
     start_of,
-    token_of_target,
 )
+from captum_globenc.attribution.heads import start_of_head
 from captum_globenc.capture import Captured, record
 from captum_globenc.encoders import Encoder, find_encoder, unsupported
 from captum_globenc.errors import NonFiniteActivationError
@@ -101,8 +101,9 @@ class EncoderAttribution(Attribution):
                 "look for NaN in the head."
             )
         if token_index is None:
-            token_index = token_of_target(captured, target)
-        start, top = start_of(token_index, captured.run)
+            start, top = start_of_head(captured, target)
+        else:
+            start, top = start_of(token_index, captured.run)
         score = local_score(self.local)
         with torch.autocast(start.device.type, enabled=False):
             rows = [Scaled.of(start), *sweep(captured.run, score, start, top)]

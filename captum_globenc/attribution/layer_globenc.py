@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,8 +26,9 @@ from captum_globenc.attribution.arguments import (
     shown,
 )
 from captum_globenc.attribution.base import EncoderAttribution
-from captum_globenc.encoders import Encoder
+from captum_globenc.capture import Captured
 from captum_globenc.errors import InputError
+from captum_globenc.interface import ACTIVE
 
 # What the tokens are called where a layer is called with keywords.
 _TOKEN_ARGUMENTS = ("input_ids", "inputs_embeds", "pixel_values", "hidden_states")
@@ -138,10 +140,10 @@ class LayerGlobEnc(EncoderAttribution, LayerAttribution):
             rows, captured = self._sweep(tensors, target, arguments, token_index)
             attributions = []
             for layer in layers:
-                depth = _depth(layer, captured.encoder, attribute_to_layer_input)
-                if layer not in seen:
+                depth = _depth(layer, captured, attribute_to_layer_input, seen.early)
+                if layer not in seen.tensors:
                     raise InputError(f"layer {type(layer).__name__} did not run.")
-                hidden = seen[layer]
+                hidden = seen.tensors[layer]
                 dtype = hidden.dtype
                 if not dtype.is_floating_point:
                     dtype = captured.run.layers[0].hidden.dtype
@@ -150,27 +152,52 @@ class LayerGlobEnc(EncoderAttribution, LayerAttribution):
         return attributions if isinstance(self.layer, list) else attributions[0]
 
 
-def _depth(layer: nn.Module, encoder: Encoder, inputs: bool) -> int:
+def _depth(
+    layer: nn.Module, captured: Captured[Any], inputs: bool, early: set[nn.Module]
+) -> int:
     """How many encoder layers lie above the output, or the input, of a layer."""
-    count = len(encoder.layers)
+    encoder, count = captured.encoder, len(captured.run.layers)
     for index, modules in enumerate(encoder.layers):
+        if modules.layer is layer and encoder.architecture.shared:
+            raise InputError(
+                f"layer {modules.name!r} runs {count} times in the encoder, so its "
+                "output is not one place: use GlobEnc.decompose, whose rollout has "
+                "every run."
+            )
         if modules.layer is layer:
             return count - index - (not inputs)
-    if any(part is layer for part in encoder.embeddings.modules()):
+    embeddings = encoder.embeddings
+    if embeddings is None:
+        # Nothing is known of what is in front of the layers, but that it is.
+        expected, known = "a module that runs before the layers", layer in early
+    else:
+        expected = f"its {type(embeddings).__name__}, a part of that"
+        known = any(part is layer for part in embeddings.modules())
+    if known:
         return count
     raise InputError(
-        f"layer {type(layer).__name__} is not part of the encoder: its "
-        f"{type(encoder.embeddings).__name__}, a part of that, or one of its {count} "
-        f"{type(encoder.layers[0].layer).__name__} layers is expected."
+        f"layer {type(layer).__name__} is not part of the encoder: {expected}, or one "
+        f"of its {count} {type(encoder.layers[0].layer).__name__} layers is expected."
     )
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """The tokens that go into each layer, or what comes out of it.
+
+    Args:
+        tensors (dict[nn.Module, Tensor]): per module.
+        early (set[nn.Module]): those that ran before the encoder's layers.
+    """
+
+    tensors: dict[nn.Module, Tensor] = field(default_factory=dict)
+    early: set[nn.Module] = field(default_factory=set)
+
+
 @contextmanager
-def _observed(
-    layers: list[nn.Module], inputs: bool
-) -> Iterator[dict[nn.Module, Tensor]]:
-    """The tokens that go into each layer, or what comes out of it."""
-    seen: dict[nn.Module, Tensor] = {}
+def _observed(layers: list[nn.Module], inputs: bool) -> Iterator[_Seen]:
+    """Keep the tokens that go into each layer, or what comes out of it."""
+    seen = _Seen()
     thread = threading.get_ident()
 
     def keep(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -181,7 +208,9 @@ def _observed(
         values = [*args, *named, *kwargs.values()] if inputs else _flat(output)
         for value in values:
             if isinstance(value, Tensor):
-                seen[module] = value.detach()
+                seen.tensors[module] = value.detach()
+                if ACTIVE.listener is not None and not ACTIVE.listener.has_begun:
+                    seen.early.add(module)
                 return
 
     with ExitStack() as undo:

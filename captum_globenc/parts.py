@@ -1,0 +1,185 @@
+"""What the parts of a layer compute: linear maps and norms, whatever their class."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+class LayerParts(NamedTuple):
+    """The parts that decompose a layer.
+
+    Args:
+        output (nn.Module): :math:`W_O, b_O`, the linear map after the heads.
+        scale (Tensor or None): (hidden), multiplies the attention branch (LayerScale).
+        norms (tuple[nn.Module or None, ...]): the norm after the first residual, and
+            those after the second one; None where there is none.
+    """
+
+    output: nn.Module
+    scale: Tensor | None
+    norms: tuple[nn.Module | None, ...]
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that the decomposition depends on, without gradients."""
+        modules = [self.output, *(norm for norm in self.norms if norm is not None)]
+        values = [t for m in modules for t in (*m.parameters(), *m.buffers())]
+        if self.scale is not None:
+            values.append(self.scale)
+        return [value.detach() for value in values]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether :func:`linear_map` knows what the module maps from and to."""
+    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", 0))
+    return isinstance(module, Conv1D) or all(isinstance(n, int) for n in sizes)
+
+
+def linear_map(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """The matrix (out, in) and bias of a linear map, without gradients.
+
+    A map with parts of its own, such as a LoRA adapter around a Linear, is asked what
+    it makes of zero and of every unit vector. That it is linear indeed is checked with
+    the layer, on every run.
+    """
+    if isinstance(module, Conv1D):
+        return module.weight.detach().T, module.bias.detach()
+    if _is_plain(module):
+        assert isinstance(module, nn.Linear)
+        bias = module.bias
+        return module.weight.detach(), None if bias is None else bias.detach()
+    unit = torch.eye(_size(module)).to(_like(module))
+    with torch.no_grad():
+        at_zero = _apply(module, torch.zeros_like(unit[0]))
+        return (_apply(module, unit) - at_zero).T, at_zero
+
+
+def image_of_fixed_vector(module: nn.Module) -> Tensor:
+    """What a linear map makes of one vector: other where its matrix is another one."""
+    plain = isinstance(module, Conv1D) or _is_plain(module)
+    weight = linear_map(module)[0] if plain else None
+    size = _size(module) if weight is None else weight.shape[1]
+    direction = torch.linspace(-1, 1, size, dtype=torch.float64).sin()
+    if weight is not None:
+        return weight @ direction.to(weight)
+    with torch.no_grad():
+        return _apply(module, direction.to(_like(module)))
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether the weights say all; quantised and adapted maps are Linears, too."""
+    return (
+        isinstance(module, nn.Linear)
+        and type(module).forward is nn.Linear.forward
+        and module.weight.is_floating_point()
+    )
+
+
+def _size(module: nn.Module) -> int:
+    size: int = module.in_features  # type: ignore[assignment]
+    return size
+
+
+def _apply(module: nn.Module, vectors: Tensor) -> Tensor:
+    # Past any hooks: what they change is no part of the map.
+    result: Tensor = module.forward(vectors)
+    return result
+
+
+def _like(module: nn.Module) -> Tensor:
+    """A tensor of the dtype and on the device that the module computes with."""
+    values = (p for p in module.parameters() if p.is_floating_point())
+    return next(values, torch.empty(0))
+
+
+@dataclass(frozen=True)
+class Norm:
+    r"""A LayerNorm or an RMSNorm, :math:`\gamma \odot C(v) / s + \beta`.
+
+    Args:
+        gamma (Tensor): :math:`\gamma`, (hidden).
+        beta (Tensor): :math:`\beta`, (hidden).
+        centred (bool): whether :math:`C` takes the mean away (LayerNorm) or nothing
+            (RMSNorm).
+    """
+
+    gamma: Tensor
+    beta: Tensor
+    centred: bool
+
+    @classmethod
+    def of(cls, module: nn.Module, hidden: Tensor) -> Norm:
+        """Copies of a module's weights, like ``hidden`` (hidden size), of its dtype."""
+        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        ones, zeros = torch.ones_like(hidden), torch.zeros_like(hidden)
+        return cls(
+            ones if weight is None else weight.detach().to(hidden, copy=True),
+            zeros if bias is None else bias.detach().to(hidden, copy=True),
+            is_centred(module),
+        )
+
+    def linear(self, vectors: Tensor) -> Tensor:
+        r""":math:`\gamma \odot C(v)` over the last dimension: no scale, no bias."""
+        return (centre(vectors) if self.centred else vectors) * self.gamma
+
+    def transposed(self, vector: Tensor) -> Tensor:
+        """The vector on which v has the projection that ``linear(v)`` has on this."""
+        vector = vector * self.gamma
+        return centre(vector) if self.centred else vector
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether it is a LayerNorm or an RMSNorm, as far as its class says."""
+    return is_centred(module) or "RMSNorm" in _kind(module) or _is_t5_norm(module)
+
+
+def is_centred(module: nn.Module) -> bool:
+    """Whether a norm takes the mean away."""
+    return isinstance(module, nn.LayerNorm) or (
+        "LayerNorm" in _kind(module) and not _is_t5_norm(module)
+    )
+
+
+def scale_of(module: nn.Module, vectors: Tensor) -> Tensor:
+    """A norm's denominators: sqrt(mean(C(v)²) + eps) over the last dimension.
+
+    Args:
+        module (nn.Module): a norm.
+        vectors (Tensor): its inputs, (..., hidden), in the dtype to compute in.
+
+    Returns:
+        *Tensor* of shape (...).
+    """
+    values = centre(vectors) if is_centred(module) else vectors
+    # Not var(), which takes five times as long.
+    squares = values.norm(dim=-1).square()
+    scale: Tensor = (squares / values.shape[-1] + _epsilon(module, vectors)).sqrt()
+    return scale
+
+
+def centre(vectors: Tensor) -> Tensor:
+    """``v - mean_d(v)`` over the last dimension."""
+    return vectors - vectors.mean(-1, keepdim=True)
+
+
+def _kind(module: nn.Module) -> str:
+    return type(module).__name__
+
+
+def _is_t5_norm(module: nn.Module) -> bool:
+    # T5 calls its RMSNorm a LayerNorm.
+    return "T5LayerNorm" in _kind(module)
+
+
+def _epsilon(module: nn.Module, vectors: Tensor) -> float:
+    for name in ("eps", "variance_epsilon", "epsilon"):
+        value = getattr(module, name, None)
+        if isinstance(value, float):
+            return value
+    weight = getattr(module, "weight", None)
+    # torch.nn.RMSNorm's default: that of the dtype which the model computes in.
+    return torch.finfo(vectors.dtype if weight is None else weight.dtype).eps
