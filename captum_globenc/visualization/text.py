@@ -14,12 +14,14 @@ _INVISIBLE = ("Cc", "Cs", "Zl", "Zp")
 
 
 def visible(token: str) -> str:
-    """No control characters, line ends or halves of characters.
+    """No control characters, line ends or what is no character.
 
-    A terminal would obey them, and files cannot hold them.
+    A terminal would obey them, and XML cannot hold them.
     """
     return "".join(
-        "\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) in _INVISIBLE else c
+        "\N{REPLACEMENT CHARACTER}"
+        if unicodedata.category(c) in _INVISIBLE or c in "\ufffe\uffff"
+        else c
         for c in token
     )
 
