@@ -57,8 +57,8 @@ def finite(name: str, values: Values, tokens: Sequence[str], *shape: str) -> Ten
             f"{tuple(found.shape)}: of a batch, draw one by one, as {name}[0]."
         )
     fits = found.ndim == len(shape) and all(
-        size == len(tokens) if name != "layers" else size
-        for name, size in zip(shape, found.shape)
+        size >= 1 if dimension == "layers" else size == len(tokens)
+        for dimension, size in zip(shape, found.shape)
     )
     if not fits:
         raise InputError(

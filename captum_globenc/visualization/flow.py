@@ -164,7 +164,7 @@ def _lines(layer: int, shares: Tensor) -> LineCollection:
     receivers, sources = shares.nonzero(as_tuple=True)
     strength = shares[receivers, sources]
     order = strength.argsort()
-    relative = (strength[order] / strength.amax()).numpy()
+    relative = (strength[order] / shares.amax()).numpy()
     segments = [
         [(layer, source), (layer + 1, receiver)]
         for receiver, source in zip(receivers[order].tolist(), sources[order].tolist())
@@ -172,7 +172,6 @@ def _lines(layer: int, shares: Tensor) -> LineCollection:
     return LineCollection(
         segments,
         linewidths=_WIDEST * relative,
-        color=POSITIVE,
-        alpha=0.3 + 0.6 * relative,
+        colors=[(POSITIVE, alpha) for alpha in (0.3 + 0.6 * relative).tolist()],
         capstyle="round",
     )

@@ -78,19 +78,16 @@ def _fonts(
     for family in usual:
         missing -= _having(findfont(FontProperties(family=[family])), missing)
     families: list[str] = []
-    if not missing:
-        return families, missing
-    covered = {
-        family: _having(path, missing)
-        for family, path in _installed(characters).items()
-    }
-    while missing:
+    # Opening every font takes a while.
+    faces = _installed(characters) if missing else {}
+    covered = {family: _having(path, missing) for family, path in faces.items()}
+    while found := {family: have & missing for family, have in covered.items()}:
         # Few fonts, so that a sentence looks of one piece; of equals the first.
-        best = max(covered, key=lambda family: len(covered[family] & missing))
-        if not covered[best] & missing:
+        best = max(found, key=lambda family: len(found[family]))
+        if not found[best]:
             break
         families.append(best)
-        missing -= covered[best]
+        missing -= found[best]
     return families, missing
 
 
