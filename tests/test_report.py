@@ -35,7 +35,8 @@ def numbers(page):
 
 
 def told(page):
-    return re.sub("[\u2068\u2069]", "", page.locator("#told").inner_text())
+    text = page.locator("#told").inner_text().replace("\N{NO-BREAK SPACE}", " ")
+    return re.sub("[\u2068\u2069]", "", text)
 
 
 def shares(explanation, local, layer=None):

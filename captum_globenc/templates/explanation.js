@@ -14,7 +14,7 @@ let current = 0; // the one that Tab stops at
 let pinnedBefore = null; // when the pointer went down
 
 // Shares are counted in hundredths of a percent.
-const percent = (share) => `${(share / 100).toFixed(1)} %`;
+const percent = (share) => `${(share / 100).toFixed(1)}\u00a0%`;
 const short = (share) =>
   share < 50 ? "" : (share / 100).toFixed(share < 995 ? 1 : 0);
 const list = (row, token) =>
