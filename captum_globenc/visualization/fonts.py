@@ -7,7 +7,7 @@ does not do is to look for a font that has them.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -50,9 +50,10 @@ def drawable(
     used = frozenset("".join(shown)) - set(" ")
     usual = tuple(mpl.rcParams["font.family"])
     families, missing = _fonts(used, usual)
+    drawn = [shortened(_spelled(token, missing), longest).strip() for token in shown]
+    # Joiners alone are not printable.
     drawn = [
-        shortened("".join(_spelled(token, missing)), longest).strip() or "\N{OPEN BOX}"
-        for token in shown
+        token if any(map(str.isprintable, token)) else "\N{OPEN BOX}" for token in drawn
     ]
     return drawn, {
         "fontfamily": [*usual, *families],
@@ -61,12 +62,12 @@ def drawable(
     }
 
 
-def _spelled(token: str, missing: frozenset[str]) -> Iterator[str]:
-    for c in token:
-        if c not in missing:
-            yield c
-        elif unicodedata.category(c) not in _COMBINING:
-            yield f"U+{ord(c):04X}"
+def _spelled(token: str, missing: frozenset[str]) -> str:
+    return "".join(
+        c if c not in missing else f"U+{ord(c):04X}"
+        for c in token
+        if c not in missing or unicodedata.category(c) not in _COMBINING
+    )
 
 
 @lru_cache(maxsize=32)
