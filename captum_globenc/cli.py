@@ -121,7 +121,10 @@ def explain(
     ] = False,
     html: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Also write a standalone page."),
+        typer.Option(
+            metavar="FILE",
+            help="Also write a standalone page, to follow tokens through the layers.",
+        ),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", metavar="", help="Print JSON and nothing else.")
@@ -141,6 +144,7 @@ def explain(
             local=local,
             target=target,
             truncate=truncate,
+            decompose=html is not None,
         )
     except GlobEncError as error:
         _fail(str(error))

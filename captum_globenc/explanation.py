@@ -8,7 +8,7 @@ import operator
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
+from captum_globenc.aggregation import Decomposition
+from captum_globenc.attribution.globenc import GlobEnc
 from captum_globenc.encoders import find_encoder, unsupported
 from captum_globenc.errors import InputError, NonFiniteActivationError
-from captum_globenc.methods import Method, methods_named
+from captum_globenc.methods import Method, logits_of, methods_named
 
 _MOST_LABELS_SHOWN = 20
 
@@ -49,11 +51,14 @@ class MethodScores:
         name (str): a key of ``captum_globenc.methods.METHODS``.
         scores (tuple[float, ...]): one per token, special tokens included.
         seconds (float): the time it took, preparation at first use included.
+        local (str or None): the local score whose rollout the scores are. Default:
+            None, for methods that are no rollout.
     """
 
     name: str
     scores: tuple[float, ...]
     seconds: float
+    local: str | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,9 @@ class Explanation:
         target (ClassScore): the class that is explained.
         local (str): the local score of ``globenc``.
         methods (tuple[MethodScores, ...]): in the order asked for.
+        decompositions (dict[str, Decomposition]): the layers of the methods that are
+            rollouts, by the name of the local score, each of a batch of one. Default:
+            none, as they are made only where asked for.
     """
 
     text: str
@@ -81,10 +89,15 @@ class Explanation:
     target: ClassScore
     local: str
     methods: tuple[MethodScores, ...]
+    decompositions: dict[str, Decomposition] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain values; all floats are finite."""
-        return asdict(self)
+        """Everything but the decompositions as plain values; all floats are finite."""
+        plain = asdict(replace(self, decompositions={}))
+        del plain["decompositions"]
+        return plain
 
 
 def explain(
@@ -96,6 +109,7 @@ def explain(
     local: str = "N_ENC",
     target: str | int | None = None,
     truncate: bool = False,
+    decompose: bool = False,
 ) -> Explanation:
     r"""Score the tokens of a sentence by several methods.
 
@@ -114,6 +128,8 @@ def explain(
             where that is unambiguous) or its index. Default: the predicted class.
         truncate (bool, optional): cut a text that is too long instead of raising.
             Default: False.
+        decompose (bool, optional): keep the layers of the methods that are rollouts,
+            for one more forward pass each. Default: False.
 
     Returns:
         *Explanation*. Its seconds per method are those of one run, preparation at
@@ -151,6 +167,13 @@ def explain(
             _timed(name, method, model, ids, mask, explained.index, tokenizer)
             for name, method in chosen.items()
         )
+        rollouts = dict.fromkeys(m.local for m in chosen.values() if m.local)
+        decompositions = {
+            name: GlobEnc(
+                logits_of(model, "input_ids"), encoder=model, local=name
+            ).decompose(ids, (mask,))
+            for name in (rollouts if decompose else ())
+        }
     return Explanation(
         text=text,
         model=_model_name(model),
@@ -161,6 +184,7 @@ def explain(
         target=explained,
         local=local,
         methods=scores,
+        decompositions=decompositions,
     )
 
 
@@ -326,7 +350,7 @@ def _timed(
     seconds = time.perf_counter() - start
     if not all(map(math.isfinite, scores)):
         raise NonFiniteActivationError(f"{name} gives NaN or infinity for this text.")
-    return MethodScores(name, tuple(scores), seconds)
+    return MethodScores(name, tuple(scores), seconds, method.local)
 
 
 def _readable_tokens(

@@ -59,10 +59,13 @@ class Method:
         build (Callable): ``(model, tokenizer) → Scorer``, for a sequence classifier in
             evaluation mode.
         reduction (str): what is computed and how it becomes one score per token.
+        local (str or None): the local score whose rollout the scores are. Default:
+            None, for methods that are no rollout.
     """
 
     build: Callable[[PreTrainedModel, PreTrainedTokenizerBase], Scorer]
     reduction: str
+    local: str | None = None
 
 
 def scorer_of(
@@ -176,7 +179,8 @@ def _globenc_of(local: str) -> Method:
 
         return scores
 
-    return Method(build, f"rollout of {local}: how much of each token reaches [CLS]")
+    reduction = f"rollout of {local}: how much of each token reaches [CLS]"
+    return Method(build, reduction, local)
 
 
 def _attention_last(model: PreTrainedModel, _: PreTrainedTokenizerBase) -> Scorer:

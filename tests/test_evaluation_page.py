@@ -1,9 +1,6 @@
 from __future__ import annotations
 
-import os
 import re
-import shutil
-from collections.abc import Iterator
 from xml.etree import ElementTree
 
 import numpy as np
@@ -11,17 +8,9 @@ import pytest
 
 pd = pytest.importorskip("pandas")
 pytest.importorskip("matplotlib")
-playwright = pytest.importorskip("playwright.sync_api")
 
 from captum_globenc.evaluation.page import to_html  # noqa: E402
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-ARGUMENTS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--no-first-run",
-)
 EXAMPLES = 20
 # In no order, neither of names nor of values.
 VALUES = {
@@ -87,42 +76,9 @@ def empty():
     return {**frames, "table": pd.DataFrame([], index, columns=columns)}
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[playwright.Browser]:
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
-        message = f"none of {', '.join(BROWSERS)} is on the PATH"
-        if os.environ.get("CI_BROWSER") == "1":
-            pytest.fail(message)
-        pytest.skip(message)
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=found, args=ARGUMENTS)
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
-def opened(browser, tmp_path):
-    """Opens results as a page, and checks that it asks and complains about nothing."""
-    contexts, complaints, requests = [], [], []
-
-    def open_page(given, **settings):
-        file = tmp_path / "benchmark.html"
-        file.write_text(to_html(**given), encoding="utf-8")
-        contexts.append(browser.new_context(**settings))
-        page = contexts[-1].new_page()
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("request", lambda request: requests.append(request.url))
-        page.goto(file.as_uri())
-        assert requests == [file.as_uri()]
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert complaints == []
-    assert len(requests) == 1
+def opened(open_html):
+    return lambda given, **settings: open_html(to_html(**given), **settings)
 
 
 def names(page, table="measures"):

@@ -482,6 +482,21 @@ def test_page_stands_alone() -> None:
     assert re.search(r"<b[^>]*>b</b><small>-100</small>", page)
 
 
+def test_decompositions_only_when_asked(demo_model) -> None:
+    model, tokenizer = demo_model
+    methods = ["saliency", "globenc", "N_RES", "attention_rollout", "W_FIXED_RES"]
+    assert explain(model, tokenizer, TEXT, methods).decompositions == {}
+    explanation = explain(model, tokenizer, TEXT, methods, decompose=True)
+    assert list(explanation.decompositions) == ["N_ENC", "N_RES", "W_FIXED_RES"]
+    assert explanation.methods[0].local is None
+    for method in explanation.methods[1:]:
+        decomposition = explanation.decompositions[method.local]
+        assert method.scores == pytest.approx(
+            decomposition.rollout()[0, 0].tolist(), rel=1e-4
+        )
+    assert "decompositions" not in explanation.to_dict()
+
+
 @pytest.mark.parametrize(
     ("text", "direction"),
     [("12 film שלם", "ltr"), ("«שלם» film", "rtl"), ("1", "ltr")],

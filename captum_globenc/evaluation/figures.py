@@ -8,7 +8,6 @@ colour, marker and line style, so nothing rests on colour alone.
 from __future__ import annotations
 
 import io
-import unicodedata
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,6 +18,8 @@ import numpy as np
 from matplotlib import style, ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from captum_globenc.visualization.text import shortened, visible
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -282,17 +283,11 @@ def _name(axes: Axes, end: _End, height: float, look: _Look) -> None:
     )
     place: dict[str, Any] = {"transform": axes.transAxes, "clip_on": False}
     axes.plot(key, height, label="_key", **look._asdict(), **place)
-    axes.text(text, height, _readable(end.name), va="center", size=9, **place)
-
-
-def _readable(name: str) -> str:
-    """One short line, of characters that XML allows."""
-    shown = "".join(
-        "\N{REPLACEMENT CHARACTER}"
-        if unicodedata.category(c) in ("Cc", "Cs") or c in "\ufffe\uffff"
-        else c
-        for c in name
+    axes.text(
+        text,
+        height,
+        shortened(visible(end.name), _LONGEST_LABEL),
+        va="center",
+        size=9,
+        **place,
     )
-    if len(shown) > _LONGEST_LABEL:
-        shown = shown[: _LONGEST_LABEL - 1] + "\N{HORIZONTAL ELLIPSIS}"
-    return shown
