@@ -143,6 +143,16 @@ def copy_tutorials(_: Sphinx) -> None:
         shutil.copy(notebook, HERE / "tutorials")
 
 
+def set_lists_apart(
+    _app: Sphinx, _kind: str, _name: str, _thing: object, _: object, lines: list[str]
+) -> None:
+    """A blank line before lists, which reStructuredText asks for and Captum leaves out."""
+    for at in reversed(range(1, len(lines))):
+        above = lines[at - 1].strip()
+        if lines[at].lstrip().startswith("- ") and above.endswith(":"):
+            lines.insert(at, "")
+
+
 _mathml = LatexToMathML()
 
 
@@ -159,6 +169,8 @@ def setup(app: Sphinx) -> None:
     """Add what no extension does."""
     app.connect("builder-inited", copy_tutorials)
     app.connect("source-read", fill)
+    # After napoleon, which has priority 500.
+    app.connect("autodoc-process-docstring", set_lists_apart, priority=600)
     app.add_html_math_renderer(
         "mathml",
         inline_renderers=(write_math, None),
