@@ -7,6 +7,7 @@ scripts and trackers from other hosts; a page of this site loads nothing from an
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import NoReturn
 from docutils import nodes
 from math_core import LatexToMathML
 from sphinx.application import Sphinx
+from sphinx.errors import ExtensionError
 from sphinx.writers.html5 import HTML5Translator
 
 import captum_globenc
@@ -50,6 +52,8 @@ nb_execution_mode = "force"
 nb_execution_timeout = 120
 nb_execution_raise_on_error = True
 nb_execution_in_temp = True
+# Progress bars.
+nb_output_stderr = "remove"
 
 # Types are in the docstrings, where they come with their shapes.
 autodoc_typehints = "none"
@@ -68,8 +72,20 @@ html_math_renderer = "mathml"
 html_theme_options = {
     "show_prev_next": False,
     "navigation_with_keys": False,
-    "secondary_sidebar_items": ["page-toc"],
+    "secondary_sidebar_items": {"**": ["page-toc"], "comparison": []},
     "navbar_align": "left",
+}
+# Pages by themselves have no section to navigate.
+html_sidebars = {
+    page: []
+    for page in (
+        "index",
+        "getting-started",
+        "method",
+        "support",
+        "benchmark/README",
+        "comparison",
+    )
 }
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
@@ -159,10 +175,26 @@ _mathml = LatexToMathML()
 def write_math(translator: HTML5Translator, node: nodes.Element) -> NoReturn:
     """A formula as MathML, which browsers draw without script or font."""
     displayed = isinstance(node, nodes.math_block)
-    translator.body.append(
-        _mathml.convert_with_local_state(node.astext(), displaystyle=displayed)
-    )
+    formula = _mathml.convert_with_local_state(node.astext(), displaystyle=displayed)
+    if displayed:
+        formula = f'<div class="formula">{formula}</div>\n'
+    translator.body.append(formula)
     raise nodes.SkipNode
+
+
+_LOADED = re.compile(
+    r"""<(?:script|img|iframe|source)[^>]+src=["'](?:https?:)?//[^"']+"""
+    r"""|<link[^>]+href=["'](?:https?:)?//[^"']+|url\(["']?(?:https?:)?//[^)]+"""
+)
+
+
+def check_self_contained(app: Sphinx, error: Exception | None) -> None:
+    """Fail where a page would load something from another host."""
+    for path in app.outdir.rglob("*"):
+        if error is None and path.suffix in (".html", ".css"):
+            found = _LOADED.search(path.read_text(encoding="utf-8"))
+            if found:
+                raise ExtensionError(f"{path} loads from elsewhere: {found[0]}")
 
 
 def setup(app: Sphinx) -> None:
@@ -171,6 +203,7 @@ def setup(app: Sphinx) -> None:
     app.connect("source-read", fill)
     # After napoleon, which has priority 500.
     app.connect("autodoc-process-docstring", set_lists_apart, priority=600)
+    app.connect("build-finished", check_self_contained)
     app.add_html_math_renderer(
         "mathml",
         inline_renderers=(write_math, None),
