@@ -83,7 +83,11 @@ class Explanation:
     methods: tuple[MethodScores, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain values; all floats are finite."""
+        """Everything as plain values, for JSON; all floats are finite.
+
+        Returns:
+            *dict* with the names above, and dicts for what is nested.
+        """
         return asdict(self)
 
 

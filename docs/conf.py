@@ -58,6 +58,8 @@ nb_output_stderr = "remove"
 # Types are in the docstrings, where they come with their shapes.
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
+autodoc_default_options = {"no-value": True}
+add_module_names = False
 napoleon_numpy_docstring = False
 # Captum's way to write them, "*Tensor* of shape (...): ...", is no type and a colon.
 napoleon_custom_sections = ["Returns", "Yields"]
@@ -72,7 +74,12 @@ html_math_renderer = "mathml"
 html_theme_options = {
     "show_prev_next": False,
     "navigation_with_keys": False,
-    "secondary_sidebar_items": {"**": ["page-toc"], "comparison": []},
+    # Wide pages need the room.
+    "secondary_sidebar_items": {
+        "**": ["page-toc"],
+        "comparison": [],
+        "reference/command-line": [],
+    },
     "navbar_align": "left",
 }
 # Pages by themselves have no section to navigate.
@@ -108,7 +115,7 @@ def command_line() -> str:
         shown = subprocess.run(
             [sys.executable, "-m", "captum_globenc", *arguments, "--help"],
             cwd=ROOT,
-            env={**os.environ, "COLUMNS": "88", "NO_COLOR": "1"},
+            env={**os.environ, "COLUMNS": "80", "NO_COLOR": "1"},
             check=True,
             capture_output=True,
             text=True,
@@ -131,9 +138,9 @@ TUTORIALS = [
 def tutorials() -> str:
     """The table of contents of the notebooks that are there, for tutorials/index.md."""
     found = sorted(path.stem for path in (ROOT / "tutorials").glob("*.ipynb"))
-    found.sort(key=lambda name: (TUTORIALS + found).index(name))
     if not found:
         return "There are none yet."
+    found = sorted(found, key=[*TUTORIALS, *found].index)
     return "\n".join(["```{toctree}", ":maxdepth: 1", "", *found, "```"])
 
 
@@ -162,7 +169,7 @@ def copy_tutorials(_: Sphinx) -> None:
 def set_lists_apart(
     _app: Sphinx, _kind: str, _name: str, _thing: object, _: object, lines: list[str]
 ) -> None:
-    """A blank line before lists, which reStructuredText asks for and Captum leaves out."""
+    """Put a blank line before lists: reStructuredText needs it."""
     for at in reversed(range(1, len(lines))):
         above = lines[at - 1].strip()
         if lines[at].lstrip().startswith("- ") and above.endswith(":"):

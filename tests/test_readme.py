@@ -46,9 +46,11 @@ def blocks(page: Path) -> Iterator[tuple[str, str, str]]:
     end = 0
     for found in BLOCK.finditer(content):
         indent, language, text = found.groups()
-        yield language, re.sub(f"^{indent}", "", text, flags=re.M), content[
-            end : found.start()
-        ]
+        yield (
+            language,
+            re.sub(f"^{indent}", "", text, flags=re.M),
+            content[end : found.start()],
+        )
         end = found.end()
 
 
