@@ -82,4 +82,4 @@ report: $(VENV)/installed-test
 	$(BIN)/python docs/make_report.py
 
 clean:
-	rm -rf $(VENV) $(FLOOR) build dist *.egg-info
+	rm -rf $(VENV) $(FLOOR) build dist *.egg-info docs/tutorials/*.ipynb

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+import typer
 from docutils import nodes
 from math_core import LatexToMathML
 from sphinx.application import Sphinx
@@ -21,7 +22,7 @@ from sphinx.errors import ExtensionError
 from sphinx.writers.html5 import HTML5Translator
 
 import captum_globenc
-from captum_globenc.cli import app as command_line_app
+from captum_globenc.cli import app
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -31,7 +32,7 @@ os.environ["PYTHONPATH"] = str(ROOT)
 project = "captum_globenc"
 author = "The captum_globenc developers"
 version = release = captum_globenc.__version__
-html_title = f"captum_globenc {release}"
+html_title = project
 
 extensions = [
     "sphinx.ext.autodoc",
@@ -106,12 +107,8 @@ def support_table() -> str:
 
 def command_line() -> str:
     """What the commands answer to ``--help``, as Markdown, for command-line.md."""
-    names = [
-        command.name or command.callback.__name__
-        for command in command_line_app.registered_commands
-    ]
     page = []
-    for arguments in ([], *([name] for name in names)):
+    for arguments in ([], *([name] for name in typer.main.get_command(app).commands)):
         shown = subprocess.run(
             [sys.executable, "-m", "captum_globenc", *arguments, "--help"],
             cwd=ROOT,
@@ -195,23 +192,23 @@ _LOADED = re.compile(
 )
 
 
-def check_self_contained(app: Sphinx, error: Exception | None) -> None:
+def check_self_contained(sphinx: Sphinx, error: Exception | None) -> None:
     """Fail where a page would load something from another host."""
-    for path in app.outdir.rglob("*"):
+    for path in sphinx.outdir.rglob("*"):
         if error is None and path.suffix in (".html", ".css"):
             found = _LOADED.search(path.read_text(encoding="utf-8"))
             if found:
                 raise ExtensionError(f"{path} loads from elsewhere: {found[0]}")
 
 
-def setup(app: Sphinx) -> None:
+def setup(sphinx: Sphinx) -> None:
     """Add what no extension does."""
-    app.connect("builder-inited", copy_tutorials)
-    app.connect("source-read", fill)
+    sphinx.connect("builder-inited", copy_tutorials)
+    sphinx.connect("source-read", fill)
     # After napoleon, which has priority 500.
-    app.connect("autodoc-process-docstring", set_lists_apart, priority=600)
-    app.connect("build-finished", check_self_contained)
-    app.add_html_math_renderer(
+    sphinx.connect("autodoc-process-docstring", set_lists_apart, priority=600)
+    sphinx.connect("build-finished", check_self_contained)
+    sphinx.add_html_math_renderer(
         "mathml",
         inline_renderers=(write_math, None),
         block_renderers=(write_math, None),
