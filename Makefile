@@ -11,13 +11,14 @@ FLOOR = .venv-floor
 SETTINGS = setup.cfg pyproject.toml constraints.txt
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-floor lint wheel bench picture report clean
+.PHONY: help demo test test-floor lint docs wheel bench picture report clean
 
 help:
 	@echo "make demo        explain a sentence (TEXT=\"...\") with the embedded classifier"
 	@echo "make test        run the tests"
 	@echo "make test-floor  run the tests with the oldest supported dependencies"
 	@echo "make lint        ruff and mypy"
+	@echo "make docs        build the documentation, build/docs/index.html"
 	@echo "make wheel       build the wheel and run it in a clean environment"
 	@echo "make bench       measure the cost table of the README (minutes)"
 	@echo "make picture     draw the picture of the README"
@@ -41,6 +42,10 @@ $(VENV)/installed-tools: $(VENV)/installed
 	$(BIN)/python $(PIP_INSTALL) --constraint constraints.txt --editable ".[bench,lint]"
 	@touch $@
 
+$(VENV)/installed-docs: $(VENV)/installed
+	$(BIN)/python $(PIP_INSTALL) --constraint constraints.txt --editable ".[docs]"
+	@touch $@
+
 demo: $(VENV)/installed
 	@$(BIN)/captum-globenc explain -- "$$TEXT"
 
@@ -57,6 +62,11 @@ lint: $(VENV)/installed-tools
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+docs: $(VENV)/installed-docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --fresh-env --quiet \
+		--doctree-dir build/doctrees docs build/docs
+	@echo "Built build/docs/index.html"
+
 wheel: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m wheel tests/test_wheel.py
 
@@ -72,4 +82,4 @@ report: $(VENV)/installed-test
 	$(BIN)/python docs/make_report.py
 
 clean:
-	rm -rf $(VENV) $(FLOOR) build dist *.egg-info
+	rm -rf $(VENV) $(FLOOR) build dist *.egg-info docs/tutorials/*.ipynb

@@ -1,6 +1,7 @@
 """From token scores and decompositions to the shapes that Captum and people use.
 
-Pure tensor functions. Each says what becomes of the total of the scores.
+Pure tensor functions. Each says what becomes of the total of the scores. Results have
+the dtype and the device of the scores.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ def spread_over_embedding(scores: Tensor, like: Tensor) -> Tensor:
 
     Returns:
         *Tensor* of shape (batch, tokens, hidden).
+
+    Raises:
+        InputError: other shapes.
     """
     if scores.ndim != 2 or like.ndim != 3 or scores.shape[1] != like.shape[1]:
         raise InputError(
@@ -152,6 +156,9 @@ def mask_special_tokens(scores: Tensor, special_tokens_mask: Tensor) -> Tensor:
 
     Returns:
         *Tensor* of the shape of ``scores``.
+
+    Raises:
+        InputError: the mask does not have one entry per token.
     """
     special = special_tokens_mask.to(scores.device).bool()
     if special.ndim != 2 or scores.shape[:2] != special.shape:

@@ -94,7 +94,11 @@ class Explanation:
     )
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the decompositions as plain values; all floats are finite."""
+        """Everything but the decompositions as plain values, for JSON.
+
+        Returns:
+            *dict* with the names above, and dicts for what is nested; floats finite.
+        """
         plain = asdict(replace(self, decompositions={}))
         del plain["decompositions"]
         return plain

@@ -89,6 +89,9 @@ def scorer_of(
         model (PreTrainedModel): gives the word embeddings.
         tokenizer (PreTrainedTokenizerBase): gives the special tokens.
 
+    Returns:
+        *Callable*: a scorer, as above.
+
     Raises:
         TypeError: it is neither.
     """
@@ -148,6 +151,9 @@ def methods_named(
     Args:
         names (str or iterable of str): keys of ``METHODS``.
         local (str, optional): the local score of ``globenc``. Default: ``"N_ENC"``.
+
+    Returns:
+        *dict* of name → Method.
 
     Raises:
         InputError: no name, an unknown name or an unknown local score.

@@ -1,7 +1,7 @@
 r"""Measures of an attribution: pure functions, tensors in, one number per example out.
 
 What goes in are scores, or what the model says of perturbed inputs (made by
-:mod:`captum_globenc.evaluation.perturbation`). All results are float64; a number that
+``captum_globenc.evaluation.perturbation``). All results are float64; a number that
 is not defined is NaN, and is left out of means.
 
 Symbols: :math:`p` is the probability of the class that is explained, :math:`x` the

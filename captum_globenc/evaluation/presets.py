@@ -43,6 +43,7 @@ _PAPER = {
     "per_layer": True,
 }
 
+#: Every preset by its name.
 PRESETS: dict[str, Preset] = {
     "default": Preset(
         (

@@ -61,7 +61,12 @@ class BenchmarkResult:
 
     @cached_property
     def curves(self) -> pd.DataFrame:
-        """The AOPC curve: method, fraction, and the columns of :attr:`table`."""
+        """The AOPC curve: mean drop of the probability by fraction masked.
+
+        Returns:
+            *DataFrame* with the columns method, fraction and those of :attr:`table`;
+            empty where AOPC was not measured.
+        """
         if "aopc" not in self.measures:
             return pd.DataFrame(columns=["method", "fraction", *_COLUMNS])
         rows = {
@@ -95,21 +100,35 @@ class BenchmarkResult:
 
     @cached_property
     def costs(self) -> pd.DataFrame:
-        """Seconds, ratio to the forward pass, passes and memory of each method."""
+        """What each method costs.
+
+        Returns:
+            *DataFrame* with a row per method, the bare forward pass first, and the
+            fields of :class:`captum_globenc.evaluation.cost.Cost` as columns; empty
+            where the cost was not measured.
+        """
         frame = pd.DataFrame.from_dict(self.cost, orient="index")
         frame.index.name = "method"
         return frame
 
     @property
     def accuracy(self) -> float | None:
-        """The share of texts predicted as they are labelled; None without labels."""
+        """The share of texts predicted as they are labelled.
+
+        Returns:
+            *float* from 0 to 1, or *None* without labels.
+        """
         known = [r for r in self.records if r["label"] is not None]
         if not known:
             return None
         return float(np.mean([r["label"] == r["predicted"] for r in known]))
 
     def to_html(self) -> str:
-        """The whole result as a page that needs no other file and no network."""
+        """The whole result as a page that needs no other file and no network.
+
+        Returns:
+            *str*: the HTML.
+        """
         from captum_globenc.evaluation.page import to_html
 
         return to_html(

@@ -61,9 +61,8 @@ def benchmark(
         model (PreTrainedModel): a sequence classifier with a supported encoder.
         tokenizer (PreTrainedTokenizerBase): its tokenizer.
         texts (sequence, str, Path or data set): texts, (text, label) tuples, a file or
-            a data set, as for
-            :func:`captum_globenc.evaluation.data.read_examples`. Texts that are longer
-            than the model's positions are cut.
+            a data set, as for :func:`captum_globenc.evaluation.read_examples`. Texts
+            that are longer than the model's positions are cut.
         methods (mapping or iterable of str, optional): names of
             ``captum_globenc.methods.METHODS``; or name → such a name, an object with
             Captum's ``attribute``, or a function (ids, mask, target) → scores, which
