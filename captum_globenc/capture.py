@@ -44,10 +44,12 @@ class Head:
         token_logits (list[Tensor]): (batch, tokens, n), what linear maps make of all
             tokens.
         vectors (list[Tensor]): (batch, n), what goes into or comes out of modules.
+        pooled (list[Tensor]): likewise, of modules that belong to the encoder.
     """
 
     token_logits: list[Tensor] = field(default_factory=list)
     vectors: list[Tensor] = field(default_factory=list)
+    pooled: list[Tensor] = field(default_factory=list)
 
 
 class Captured(NamedTuple, Generic[Output]):
@@ -112,13 +114,16 @@ def _watched_head(recorder: Recorder) -> Iterator[Head]:
     """Collect what goes through modules once the layers have run."""
     thread = threading.get_ident()
     head = Head()
+    inside: set[int] = set()
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
         if threading.get_ident() != thread or not recorder.is_past_layers:
             return
         if isinstance(module, nn.Linear) and output.ndim == 3:
             head.token_logits.append(output.detach())
-        head.vectors.extend(
+        if not inside and recorder.encoder is not None:
+            inside.update(id(part) for part in recorder.encoder.module.modules())
+        (head.pooled if id(module) in inside else head.vectors).extend(
             value.detach()
             for value in (*_tensors(args), *_tensors(output))
             if value.ndim == 2 and value.is_floating_point()

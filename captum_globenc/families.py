@@ -254,19 +254,19 @@ FAMILIES: dict[str, Family] = {
         title="DeiT",
         layouts=(_VIT, _VIT_OLD),
         positions="learned",
-        note="The class token is explained, not the distillation token.",
+        note="Heads for class and distillation token: both are explained, half each.",
     ),
     "dinov2": Family(
         title="DINOv2",
         layouts=(_DINOV2, _DINOV2_OLD),
         positions="learned",
-        note="LayerScale; of a classifier's class token and mean, the class token.",
+        note="LayerScale; a classifier reads class token and patches' mean: half each.",
     ),
     "dinov2_with_registers": Family(
         title="DINOv2 with registers",
         layouts=(_DINOV2, _DINOV2_OLD),
         positions="learned",
-        note="LayerScale; of a classifier's class token and mean, the class token.",
+        note="LayerScale; a classifier reads class token and patches' mean: half each.",
     ),
     "distilbert": Family(
         title="DistilBERT", layouts=(_DISTILBERT,), positions="learned"

@@ -51,8 +51,8 @@ class Recipe:
     # Base of the rotation and reach of the window of a layer, by its number.
     rotary: Callable[[int], float] | None = None
     window: Callable[[int], int | None] = lambda index: None
-    # (encoder, receiver, source, tokens) → (heads), added to the logits.
-    bias: Callable[[nn.Module, int, int, int], Tensor] | None = None
+    # (encoder, layer, receiver, source, tokens) → (heads), added to the logits.
+    bias: Callable[[nn.Module, nn.Module, int, int, int], Tensor] | None = None
 
 
 BERT_LIKE = Recipe(
@@ -211,7 +211,7 @@ DINOV2_OLD = replace(
 )
 
 
-def t5_bias(encoder: nn.Module, i: int, j: int, tokens: int) -> Tensor:
+def t5_bias(encoder: nn.Module, _: nn.Module, i: int, j: int, tokens: int) -> Tensor:
     """The bias of T5's first layer, which all use: buckets of distances.
 
     Half of the buckets are for sources behind, half for sources in front; of each half
@@ -245,13 +245,18 @@ T5 = Recipe(
 )
 
 
-def beit_bias(encoder: nn.Module, i: int, j: int, tokens: int) -> Tensor:
-    """The bias that all layers share: the offset of two patches in the grid.
+def beit_bias(
+    encoder: nn.Module, layer: nn.Module, i: int, j: int, tokens: int
+) -> Tensor:
+    """The bias of a layer, or one that all share: the offset of two patches.
 
     The last three rows of the table are for [CLS] to patch, patch to [CLS] and [CLS]
     to itself (Bao et al. 2022).
     """
-    table = encoder.shared_position_bias.relative_position_bias_table.double()
+    owner = getattr(layer, "relative_position_bias", None)
+    if owner is None:
+        owner = encoder.shared_position_bias
+    table = owner.relative_position_bias_table.double()
     side = math.isqrt(tokens - 1)
     if i == 0 or j == 0:
         return table[-1 if i == j else (-3 if i == 0 else -2)]
@@ -393,8 +398,11 @@ class Model:
                 seen = [j for j in range(tokens) if self.sees(i, j, index)]
                 logits = torch.stack([query[h][i] @ key[h][j] * factor for j in seen])
                 if self.recipe.bias is not None:
-                    bias = [self.recipe.bias(self.encoder, i, j, tokens) for j in seen]
-                    logits = logits + torch.stack([b[h] for b in bias])
+                    table = [
+                        self.recipe.bias(self.encoder, layer, i, j, tokens)
+                        for j in seen
+                    ]
+                    logits = logits + torch.stack([entry[h] for entry in table])
                 exponentials = torch.exp(logits - logits.max())
                 alpha[h, i, seen] = exponentials / exponentials.sum()
             for j in range(tokens):

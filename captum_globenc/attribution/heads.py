@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from captum_globenc._captum import TargetType
 from captum_globenc.attribution.arguments import output_tensor, start_of
 from captum_globenc.capture import Captured
 from captum_globenc.errors import InputError, UnsupportedModelError
 from captum_globenc.reconstruction import tolerance
+from captum_globenc.records import EncoderRecord
 
 
 def start_of_head(
@@ -20,8 +21,8 @@ def start_of_head(
     """Weights of the top layer's receivers as the head reads them.
 
     In this order: the token that the target of a token-level head names; the token
-    whose logits the output is; the token, or the mean of tokens, that goes into the
-    head as one vector; what the family's heads read.
+    whose logits the output is; the tokens, or means of tokens, that go into the head as
+    vectors; what the family's heads read.
 
     Returns:
         *tuple* as of :func:`~captum_globenc.attribution.arguments.start_of`.
@@ -32,20 +33,20 @@ def start_of_head(
     if token is not None:
         return start_of(token, run)
     token = _token_of_logits(output, captured)
-    if token is None:
-        token = _read_as_vector(captured)
-    if token is not None and token.is_floating_point():
-        return token, None
+    read: Tensor | None
     if token is not None:
-        padding = ~run.attended.gather(1, token[:, None])[:, 0]
+        read = nn.functional.one_hot(token, run.shape[1]).to(run.layers[0].dtype)
+    else:
+        read = _read_as_vectors(captured)
+    if read is not None:
+        padding = (read > 0) & ~run.attended
         if not padding.any():
-            return start_of(token, run)
+            return _start_with(read, run)
         if layout.reads != "first":
-            example = int(padding.int().argmax())
+            example, position = padding.nonzero()[0].tolist()
             raise InputError(
-                f"the head reads token {int(token[example])} of example "
-                f"{example}, which is padding: pad on the other side, or pass "
-                "token_index."
+                f"the head reads token {position} of example {example}, which is "
+                "padding: pad on the other side, or pass token_index."
             )
     if layout.reads is None:
         raise UnsupportedModelError(
@@ -132,34 +133,72 @@ def _token_of_logits(output: Tensor, captured: Captured[Any]) -> Tensor | None:
     return None
 
 
-def _read_as_vector(captured: Captured[Any]) -> Tensor | None:
-    """What the last vector of the head is that comes straight from the last layer.
+def _start_with(read: Tensor, run: EncoderRecord) -> tuple[Tensor, Tensor | None]:
+    """As :func:`start_of`, for weights: of one token each, rows of one token do."""
+    if (read == 1).any(-1).all():
+        return start_of(read.argmax(-1), run)
+    return read, None
+
+
+def _read_as_vectors(captured: Captured[Any]) -> Tensor | None:
+    """The tokens, and means of tokens, that the head takes as vectors.
+
+    Several, be it in one concatenated vector or by heads that are averaged, count the
+    same. What the encoder's own pooler reads counts where nothing else reads.
 
     Returns:
-        *Tensor*, (batch), the token that it is; or, where it is the mean of all
-        tokens or of an image's patches, their weights, (batch, tokens).
+        *Tensor* of shape (batch, tokens), weights, or *None* where nothing is found.
     """
-    run = captured.run
-    last = run.output.detach()
+    run, head = captured.run, captured.head
+    hidden = run.output.shape[-1]
+    kinds = _means(run)
+    output = output_tensor(captured.output).detach()
+    outputs = [output] if output.ndim == 2 else []
+    for vectors in ([*head.vectors, *outputs], head.pooled):
+        found: list[Tensor] = []
+        for vector in vectors:
+            if len(vector) != run.shape[0] or vector.shape[1] % hidden:
+                continue
+            parts = [
+                _share_of(part, run, kinds)
+                for part in torch.split(vector, hidden, dim=1)
+            ]
+            if not any(part is None for part in parts):
+                found += [
+                    part
+                    for part in parts
+                    if part is not None and not any(torch.equal(part, f) for f in found)
+                ]
+        if found:
+            return torch.stack(found).mean(0)
+    return None
+
+
+def _means(run: EncoderRecord) -> list[tuple[Tensor, Tensor]]:
+    """Of all tokens, and of an image's patches: weights (batch, tokens), and means."""
     kinds = [run.attended]
     if run.grid is not None:
         patches = run.grid.rows * run.grid.columns
-        position = torch.arange(run.shape[1], device=last.device)
+        position = torch.arange(run.shape[1], device=run.attended.device)
         kinds.append(run.attended & (position >= run.shape[1] - patches))
     dtype = run.layers[0].dtype
+    last = run.output.detach().to(dtype)
     shares = [kind.to(dtype) / kind.sum(-1, keepdim=True) for kind in kinds]
-    means = [(share[:, None] @ last.to(dtype))[:, 0] for share in shares]
-    output = output_tensor(captured.output).detach()
-    for vector in reversed([*captured.head.vectors, output]):
-        if vector.shape != means[0].shape:
-            continue
-        token = _row_of(vector, last, run.attended)
-        if token is not None:
-            return token
-        for share, mean in zip(shares, means):
-            deviation = (vector.to(dtype) - mean).abs().max()
-            if deviation <= tolerance(vector.dtype, last.dtype) * mean.abs().max():
-                return share
+    return [(share, (share[:, None] @ last)[:, 0]) for share in shares]
+
+
+def _share_of(
+    vector: Tensor, run: EncoderRecord, means: list[tuple[Tensor, Tensor]]
+) -> Tensor | None:
+    """The weights, (batch, tokens), by which a vector, (batch, hidden), is made."""
+    last, dtype = run.output.detach(), run.layers[0].dtype
+    token = _row_of(vector, last, run.attended)
+    if token is not None:
+        return nn.functional.one_hot(token, run.shape[1]).to(dtype)
+    for share, mean in means:
+        deviation = (vector.to(dtype) - mean).abs().max()
+        if deviation <= tolerance(vector.dtype, last.dtype) * mean.abs().max():
+            return share
     return None
 
 
