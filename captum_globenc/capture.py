@@ -9,6 +9,7 @@ exception.
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -97,6 +98,11 @@ def record(
         recorder = ACTIVE.listener = Recorder(weights)
         undo.callback(setattr, ACTIVE, "listener", None)
         undo.enter_context(torch.compiler.set_stance("force_eager"))
+        # Compiled modules warn of the global hooks below; eager, they run as ever.
+        undo.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings(
+            "ignore", r"Using `torch\.compile\(module\)` when there"
+        )
         undo.enter_context(listening())
         if encoder is None:
             undo.enter_context(_installed_on_sight(recorder))

@@ -178,6 +178,8 @@ def _call(
         )
     if attn_mask is not None and attn_mask.ndim < 4:
         attn_mask = attn_mask[(None,) * (4 - attn_mask.ndim)]
+    # Autocast brings what goes in to one dtype, inside of the call.
+    query, key, value = (t.to(context.dtype) for t in (query, key, value))
     return Attended(
         query,
         key,

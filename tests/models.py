@@ -100,8 +100,8 @@ def mask_second(head: type[nn.Module]) -> type[nn.Module]:
     """The same head, whose second argument is the attention mask as others have it."""
 
     class Head(head):
-        def forward(self, ids=None, attention_mask=None, **kwargs):
-            return super().forward(ids, attention_mask=attention_mask, **kwargs)
+        def forward(self, input_ids=None, attention_mask=None, **kwargs):
+            return super().forward(input_ids, attention_mask=attention_mask, **kwargs)
 
     return Head
 

@@ -340,7 +340,10 @@ def test_attention_pooling_with_as_many_classes_as_tokens_is_a_classifier() -> N
 
     model = Pooled()
     rollout = GlobEnc(model).decompose(IDS, (MASK,)).rollout()
-    found = GlobEnc(model).attribute(IDS, 4, (MASK,))
+    # It reads no one token, and not that of the target.
+    with pytest.raises(UnsupportedModelError, match="pass token_index"):
+        GlobEnc(model).attribute(IDS, 4, (MASK,))
+    found = GlobEnc(model).attribute(IDS, 4, (MASK,), token_index=0)
     torch.testing.assert_close(found, rollout[:, 0], **EXACT)
 
 

@@ -48,12 +48,8 @@ def start_of_head(
                 f"the head reads token {position} of example {example}, which is "
                 "padding: pad on the other side, or pass token_index."
             )
-    if layout.reads is None:
-        raise UnsupportedModelError(
-            f"which token the head of {type(captured.encoder.root).__name__} reads "
-            "could not be found: pass token_index, an int, a LongTensor (batch,) or "
-            '"mean".'
-        )
+    elif layout.reads is None:
+        raise _not_found(captured)
     if layout.reads == "mean":
         return start_of("mean", run)
     positions = torch.arange(run.shape[1], device=run.attended.device)
@@ -148,6 +144,9 @@ def _read_as_vectors(captured: Captured[Any]) -> Tensor | None:
 
     Returns:
         *Tensor* of shape (batch, tokens), weights, or *None* where nothing is found.
+
+    Raises:
+        UnsupportedModelError: the head begins with another vector.
     """
     run, head = captured.run, captured.head
     hidden = run.output.shape[-1]
@@ -171,7 +170,28 @@ def _read_as_vectors(captured: Captured[Any]) -> Tensor | None:
                 ]
         if found:
             return torch.stack(found).mean(0)
+        if vectors is not head.pooled and _begins_otherwise(captured):
+            raise _not_found(captured)
     return None
+
+
+def _begins_otherwise(captured: Captured[Any]) -> bool:
+    """Whether the head begins with a vector like a token, such as their maximum.
+
+    The output of the encoder's own pooler is none.
+    """
+    head, hidden = captured.head, captured.run.output.shape[-1]
+    begin = next((v for v in head.vectors if v.shape[1] == hidden), None)
+    return begin is not None and not any(torch.equal(begin, p) for p in head.pooled)
+
+
+def _not_found(captured: Captured[Any]) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"which token the head of {type(captured.encoder.root).__name__} reads could "
+        "not be found (it takes no vector that is a token of the last layer, or the "
+        "mean of the attended ones): pass token_index, an int, a LongTensor (batch,) "
+        'or "mean".'
+    )
 
 
 def _means(run: EncoderRecord) -> list[tuple[Tensor, Tensor]]:
