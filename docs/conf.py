@@ -80,6 +80,7 @@ html_theme_options = {
         "**": ["page-toc"],
         "comparison": [],
         "reference/command-line": [],
+        "tutorials/*": [],
     },
     "navbar_align": "left",
 }
