@@ -68,6 +68,15 @@ napoleon_custom_sections = ["Returns", "Yields"]
 # fetched at build time to link them to.
 nitpick_ignore_regex = [("py:(class|obj|data)", r"(?!captum_globenc\.).*")]
 
+# The order in which to read the notebooks; others follow.
+TUTORIALS = [
+    "from_integrated_gradients",
+    "encoder_components",
+    "which_method",
+    "images",
+    "your_own_model",
+]
+
 html_theme = "pydata_sphinx_theme"
 html_static_path = ["_static"]
 html_css_files = ["custom.css"]
@@ -80,6 +89,7 @@ html_theme_options = {
         "**": ["page-toc"],
         "comparison": [],
         "reference/command-line": [],
+        **{f"tutorials/{name}": [] for name in TUTORIALS},
     },
     "navbar_align": "left",
 }
@@ -120,16 +130,6 @@ def command_line() -> str:
         title = " ".join(["captum-globenc", *arguments])
         page.append(f"## {title}\n\n```text\n{shown.strip()}\n```")
     return "\n\n".join(page)
-
-
-# The order in which to read the notebooks; others follow.
-TUTORIALS = [
-    "from_integrated_gradients",
-    "encoder_components",
-    "which_method",
-    "images",
-    "your_own_model",
-]
 
 
 def tutorials() -> str:
