@@ -18,7 +18,12 @@ from captum.attr import (
 )
 from torch import nn
 
-from captum_globenc import GlobEnc, InputError, LayerGlobEnc
+from captum_globenc import (
+    GlobEnc,
+    InputError,
+    LayerGlobEnc,
+    UnsupportedModelError,
+)
 from captum_globenc.encoders import find_encoder
 from tests.conftest import left_behind
 from tests.models import FAMILIES, build, encoder_of, padded, sentence
