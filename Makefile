@@ -8,6 +8,8 @@ export TEXT ?= A lovely film, full of wit, that never becomes dull.
 
 BIN = $(VENV)/bin
 FLOOR = .venv-floor
+# Two processes, each of which leaves the other its core.
+PARALLEL = OMP_NUM_THREADS=1
 SETTINGS = setup.cfg pyproject.toml constraints.txt
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 
@@ -50,12 +52,12 @@ demo: $(VENV)/installed
 	@$(BIN)/captum-globenc explain -- "$$TEXT"
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest
+	$(PARALLEL) $(BIN)/python -m pytest -n 2
 
 test-floor: constraints-floor.txt setup.cfg
 	$(PYTHON) -m venv $(FLOOR)
 	$(FLOOR)/bin/python $(PIP_INSTALL) --constraint constraints-floor.txt --editable ".[test]"
-	$(FLOOR)/bin/python -m pytest
+	$(PARALLEL) $(FLOOR)/bin/python -m pytest -n 2
 
 lint: $(VENV)/installed-tools
 	$(BIN)/ruff check

@@ -275,6 +275,63 @@ def benchmark(
         typer.echo(f"Wrote {output / 'index.html'}")
 
 
+@app.command()
+def models(
+    check: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR_OR_NAME",
+            help="Load this model and see how well its recorded parts rebuild each "
+            "layer, on random inputs.",
+        ),
+    ] = None,
+) -> None:
+    """List the supported families, or check a model of one."""
+    from rich.table import Table
+
+    from captum_globenc import support
+
+    if check is None:
+        table = Table("Family", "model_type or class", "Norms", "transformers from")
+        for row in support.rows():
+            table.add_row(row.title, row.name, row.norms, row.since)
+        _show(table)
+        return
+    _mute_transformers()
+    try:
+        report = support.check_model(_load_encoder(check))
+    except GlobEncError as error:
+        _fail(str(error))
+    table = Table("Layer", "Largest relative deviation")
+    for layer, deviation in report.deviations.items():
+        table.add_row(layer, f"{deviation:.1e}")
+    _show(table)
+    typer.echo(
+        f"{report.family}: all {len(report.deviations)} layers are rebuilt (at most "
+        f"{report.limit:.0e} is allowed), in {report.seconds:.2f} s."
+    )
+
+
+def _load_encoder(name: str) -> PreTrainedModel:
+    """The model of this name without a head; of an encoder-decoder, the encoder."""
+    from transformers import AutoModel
+
+    here = Path(name).is_dir()
+    try:
+        model = AutoModel.from_pretrained(
+            name,
+            dtype="float32",
+            trust_remote_code=False,
+            local_files_only=here or not _hub_knows(name),
+        )
+    except Exception as error:  # a folder can be wrong in any way
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"model {name!r} cannot be loaded: {reason}") from error
+    if model.config.is_encoder_decoder:
+        model = model.get_encoder()
+    return model.eval()
+
+
 def _names(given: str | None) -> list[str]:
     return [name.strip() for name in (given or "").split(",") if name.strip()]
 

@@ -11,8 +11,10 @@ the run, for all tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -42,6 +44,41 @@ def tolerance(*dtypes: torch.dtype) -> float:
         # The model's own products may then be rounded to 10 bits.
         largest = max(largest, _TOLERANCE[torch.float16])
     return largest
+
+
+@dataclass
+class Observed:
+    """What checks found, also where all is well.
+
+    Args:
+        deviations (dict[str, float]): layer → the largest relative deviation of a part.
+        limit (float): the largest one that was allowed.
+    """
+
+    deviations: dict[str, float] = field(default_factory=dict)
+    limit: float = 0.0
+
+    def add(self, layer: str, error: float, limit: float) -> None:
+        """Take in one comparison."""
+        self.deviations[layer] = max(error, self.deviations.get(layer, 0.0))
+        self.limit = max(self.limit, limit)
+
+
+class _Active(threading.local):
+    observed: Observed | None = None
+
+
+_ACTIVE = _Active()
+
+
+@contextmanager
+def observing() -> Iterator[Observed]:
+    """Keep what the checks of this thread find."""
+    _ACTIVE.observed = Observed()
+    try:
+        yield _ACTIVE.observed
+    finally:
+        _ACTIVE.observed = None
 
 
 #: What must be recorded of a layer's parts, by the placement of its norms.
@@ -249,6 +286,8 @@ def check(
     for part, deviation, size in zip(
         parts, deviations.tolist(), sizes.tolist(), strict=True
     ):
+        if _ACTIVE.observed is not None:
+            _ACTIVE.observed.add(layer, deviation / size if size else 0.0, largest)
         # Not ">": a deviation that is not a number is no match either.
         if not deviation <= largest * size:
             error = deviation / size if size else float("inf")

@@ -22,6 +22,7 @@ from sphinx.errors import ExtensionError
 from sphinx.writers.html5 import HTML5Translator
 
 import captum_globenc
+from captum_globenc import support
 from captum_globenc.cli import app
 
 HERE = Path(__file__).parent
@@ -111,8 +112,7 @@ copybutton_prompt_is_regexp = True
 
 def support_table() -> str:
     """The supported models as Markdown, for support.md."""
-    rows = [f"| `{name}` |" for name in captum_globenc.supported_model_types()]
-    return "\n".join(["| `config.model_type` |", "|---|", *rows])
+    return support.to_markdown()
 
 
 def command_line() -> str:

@@ -1,0 +1,151 @@
+"""What the table of families says, for people; and how well a model fits its row."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from captum_globenc.attribution.globenc import GlobEnc
+from captum_globenc.encoders import find_encoder, unsupported
+from captum_globenc.families import FAMILIES, REFUSED
+from captum_globenc.layouts import Family
+from captum_globenc.reconstruction import observing
+
+#: The newest transformers that the tests ran with.
+NEWEST_TESTED = "5.23.0"
+_EXTENSIONS = {
+    "pre-LN": "pre-LN layers",
+    "scale": "LayerScale",
+    "rotary": "rotary positions",
+    "relative bias": "relative bias",
+}
+
+
+class Row(NamedTuple):
+    """A family as the support table shows it, all of it text."""
+
+    name: str
+    title: str
+    norms: str
+    positions: str
+    extension: str
+    since: str
+    note: str
+
+
+def rows() -> list[Row]:
+    """The table of families, in alphabetical order of their titles."""
+    found = [_row(name, family) for name, family in FAMILIES.items()]
+    return sorted(found, key=lambda row: row.title.lower())
+
+
+def _row(name: str, family: Family) -> Row:
+    placements = {layout.is_pre_norm for layout in family.layouts}
+    norms = " or ".join("pre-LN" if pre else "post-LN" for pre in sorted(placements))
+    extensions = []
+    if True in placements:
+        extensions.append(_EXTENSIONS["pre-LN"])
+    if any(layout.attention_scale for layout in family.layouts):
+        extensions.append(_EXTENSIONS["scale"])
+    extensions += [
+        words
+        for kind, words in _EXTENSIONS.items()
+        if kind in family.positions and words not in extensions
+    ]
+    return Row(
+        name,
+        family.title,
+        norms,
+        family.positions,
+        ", ".join(extensions) or "none: all is the paper's",
+        family.since,
+        family.note,
+    )
+
+
+def to_markdown() -> str:
+    """The support table and the families that are refused, as Markdown."""
+    head = [
+        "Family",
+        "`model_type` or class",
+        "Norms",
+        "Positions in attention",
+        "Extensions of the paper",
+        "`transformers`",
+        "Note",
+    ]
+    lines = [head, ["---"] * len(head)]
+    lines += [
+        [
+            row.title,
+            f"`{row.name}`",
+            row.norms,
+            row.positions,
+            row.extension,
+            f"{row.since} to {NEWEST_TESTED}",
+            row.note,
+        ]
+        for row in rows()
+    ]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    refused = "\n".join(f"* `{name}` {why}." for name, why in sorted(REFUSED.items()))
+    return f"{table}\n\n## Refused, with the reason\n\n{refused}\n"
+
+
+@dataclass(frozen=True)
+class Report:
+    """How well a model's recorded parts rebuild its layers.
+
+    Args:
+        family (str): the title of the model's family.
+        deviations (dict[str, float]): layer → the largest deviation of one of its
+            parts, relative to the largest true value.
+        limit (float): the largest deviation that rounding explains.
+        seconds (float): how long one decomposition took.
+    """
+
+    family: str
+    deviations: dict[str, float]
+    limit: float
+    seconds: float
+
+
+def check_model(model: PreTrainedModel) -> Report:
+    """Decompose random ids, or random images, and compare each layer with its parts.
+
+    Raises:
+        GlobEncError: the model cannot be decomposed, or a layer is not rebuilt.
+    """
+    encoder = find_encoder(model)
+    if encoder is None:
+        raise unsupported(model)
+    inputs = _random_inputs(model, images=encoder.patches is not None)
+
+    def forward(inputs: Tensor) -> Tensor:
+        output = model(inputs)
+        return output[0]  # type: ignore[no-any-return]
+
+    with observing() as seen:
+        start = time.perf_counter()
+        GlobEnc(forward, encoder=model).decompose(inputs)
+        seconds = time.perf_counter() - start
+    return Report(encoder.family.title, seen.deviations, seen.limit, seconds)
+
+
+def _random_inputs(model: PreTrainedModel, images: bool) -> Tensor:
+    """Two examples, the same on every run."""
+    generator = torch.Generator().manual_seed(0)
+    config = model.config
+    if images:
+        size, channels = config.image_size, getattr(config, "num_channels", 3)
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (2, channels, height, width)
+        return torch.randn(shape, generator=generator).to(model.dtype)
+    # Not the special tokens at the start of a vocabulary.
+    first = min(10, config.vocab_size // 2)
+    return torch.randint(first, config.vocab_size, (2, 16), generator=generator)

@@ -1,0 +1,258 @@
+"""The support table, the command that lists and checks, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as t
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+from captum_globenc import (
+    Architecture,
+    GlobEnc,
+    ReconstructionError,
+    UnsupportedModelError,
+    architectures,
+    register_architecture,
+    support,
+)
+from captum_globenc.cli import app
+from captum_globenc.families import FAMILIES, REFUSED
+from tests import models
+from tests.conftest import left_behind
+from tests.models import build, encoder_of, padded, randomize, sentence
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(app, ["models", *arguments], env={"COLUMNS": "200"})
+
+
+def test_the_table_has_every_family() -> None:
+    page = support.to_markdown()
+    for name, family in FAMILIES.items():
+        assert f"| {family.title} | `{name}` |" in page
+    for name, reason in REFUSED.items():
+        assert f"* `{name}` {reason}." in page
+    listed = run()
+    assert listed.exit_code == 0
+    for name in FAMILIES:
+        assert name in listed.output
+
+
+def test_the_newest_version_is_the_one_that_tests_are_pinned_to() -> None:
+    pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    assert f"transformers=={support.NEWEST_TESTED}" in pinned
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "distilbert"])
+def test_check(family: str, tmp_path: Path) -> None:
+    build(family, torch.float32).save_pretrained(tmp_path)
+    checked = run("--check", str(tmp_path))
+    assert checked.exit_code == 0, checked.output
+    assert f"{FAMILIES[family].title}: all 3 layers are rebuilt" in checked.output
+    for index in range(3):
+        assert f"layer.{index}" in checked.output or f"s.{index}" in checked.output
+
+
+def test_check_of_images(tmp_path: Path) -> None:
+    config = t.ViTConfig(
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=36,
+        image_size=12,
+        patch_size=4,
+    )
+    t.ViTModel(config).save_pretrained(tmp_path)
+    checked = run("--check", str(tmp_path))
+    assert checked.exit_code == 0, checked.output
+    assert "ViT: all 2 layers" in checked.output
+
+
+def test_check_of_what_is_no_model(tmp_path: Path) -> None:
+    checked = run("--check", str(tmp_path))
+    assert checked.exit_code == 2
+    assert "cannot be loaded" in checked.output
+
+
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 36,
+    "num_labels": 3,
+}
+BUILD_REFUSED = {
+    "mpnet": lambda: t.MPNetModel(t.MPNetConfig(**SMALL)),
+    "deberta-v2": lambda: t.DebertaV2Model(
+        t.DebertaV2Config(**SMALL, relative_attention=True, pos_att_type=["p2c", "c2p"])
+    ),
+    "deberta": lambda: t.DebertaModel(t.DebertaConfig(**SMALL)),
+    "fnet": lambda: t.FNetModel(t.FNetConfig(**SMALL)),
+    "convbert": lambda: t.ConvBertModel(t.ConvBertConfig(**SMALL, embedding_size=24)),
+    "xlnet": lambda: t.XLNetModel(
+        t.XLNetConfig(vocab_size=97, d_model=24, n_layer=2, n_head=4, d_inner=36)
+    ),
+    "funnel": lambda: t.FunnelBaseModel(
+        t.FunnelConfig(
+            vocab_size=97, d_model=24, n_head=4, d_head=6, block_sizes=[1, 1]
+        )
+    ),
+    "longformer": lambda: t.LongformerModel(
+        t.LongformerConfig(**SMALL, attention_window=4)
+    ),
+    "roformer": lambda: t.RoFormerModel(t.RoFormerConfig(**SMALL, embedding_size=24)),
+}
+
+
+@pytest.mark.parametrize("family", BUILD_REFUSED)
+def test_refused_with_the_reason(family: str) -> None:
+    model = BUILD_REFUSED[family]().eval()
+    ids = torch.randint(3, 90, (1, 8))
+    reason = REFUSED[family][:40]
+    with pytest.raises(UnsupportedModelError) as direct:
+        GlobEnc(model).attribute(ids)
+    assert reason in str(direct.value)
+    with pytest.raises(UnsupportedModelError) as inside:
+        GlobEnc(lambda ids: model(ids)[0]).attribute(ids)
+    assert reason in str(inside.value)
+    assert not left_behind(model)
+
+
+def test_a_release_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(architectures, "_TABLE", dict(architectures._TABLE))
+    row = architectures._TABLE["bert"]
+    architectures._TABLE["bert"] = replace(row, since="99.0")
+    with pytest.raises(UnsupportedModelError, match=r"needs transformers 99\.0"):
+        GlobEnc(build("bert")).attribute(sentence(5)[None], 1)
+
+
+class OwnLayer(nn.Module):
+    """A pre-LN layer of a user's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.LayerNorm(24), nn.LayerNorm(24)
+        self.mix = nn.Module()
+        self.qkv, self.out = nn.Linear(24, 72), nn.Linear(24, 24)
+        self.mlp = nn.Sequential(nn.Linear(24, 36), nn.GELU(), nn.Linear(36, 24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.out(self.attend(self.first(x)))
+        return x + self.mlp(self.second(x))
+
+    def attend(self, x: Tensor) -> Tensor:
+        query, key, value = (
+            part.unflatten(-1, (4, 6)).transpose(1, 2)
+            for part in self.qkv(x).chunk(3, -1)
+        )
+        mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+        return mixed.transpose(1, 2).flatten(2)
+
+
+class OwnEncoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(97, 24)
+        self.steps = nn.ModuleList(OwnLayer() for _ in range(3))
+        self.head = nn.Linear(24, 2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        states = self.table(ids)
+        for step in self.steps:
+            states = step(states)
+        return self.head(states[:, 0])
+
+
+OWN = Architecture(
+    embeddings="table",
+    layers="steps",
+    attention="",
+    output="out",
+    feed_forward_norm="second",
+    feed_forward="mlp",
+)
+
+
+def own() -> nn.Module:
+    torch.manual_seed(0)
+    return randomize(OwnEncoder()).double().eval()
+
+
+def test_a_model_of_the_users_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(architectures, "_TABLE", dict(architectures._TABLE))
+    model, ids = own(), sentence(6)
+    with pytest.raises(UnsupportedModelError, match="register_architecture"):
+        GlobEnc(model).attribute(ids[None], 1)
+    register_architecture(OwnEncoder, OWN)
+    local = GlobEnc(model, local="N_RES").decompose(ids[None]).local[0]
+    with torch.no_grad():
+        x = model.table(ids[None])
+        for index, step in enumerate(model.steps):
+            normed = step.first(x)
+            query, key, value = (
+                part[0].view(6, 4, 6) for part in step.qkv(normed).chunk(3, -1)
+            )
+            for i in range(6):
+                for j in range(6):
+                    taken = (i == j) * x[0, j]
+                    for h in range(4):
+                        logits = key[:, h] @ query[i, h] / 6**0.5
+                        alpha = logits.softmax(0)[j]
+                        block = step.out.weight[:, 6 * h : 6 * h + 6]
+                        taken = taken + alpha * (block @ value[j, h])
+                    torch.testing.assert_close(
+                        local[index, i, j], taken.norm(), rtol=1e-10, atol=0
+                    )
+            x = step(x)
+    assert GlobEnc(model).attribute(ids[None], 1).shape == (1, 6)
+
+
+FAMILIES_TO_BREAK = ["bert", "distilbert", "xlm-roberta-xl", "llama", "gpt2"]
+
+
+@pytest.mark.parametrize("family", FAMILIES_TO_BREAK)
+@pytest.mark.parametrize("change", ["delete", "rename", "residual", "norm"])
+def test_a_model_that_changes_under_us(family: str, change: str) -> None:
+    model = build(family)
+    encoder = encoder_of(family, model)
+    recipe = models.FAMILIES[family].recipe
+    layer = encoder.get_submodule(recipe.layers)[1]
+    owner_path, _, name = recipe.output.rpartition(".")
+    owner = layer.get_submodule(owner_path)
+    projection = getattr(owner, name)
+    if change == "delete":
+        delattr(owner, name)
+    elif change == "rename":
+        delattr(owner, name)
+        owner.projection = projection
+    elif change == "residual":
+        inner = layer.forward
+
+        def twice(states, *args, **kwargs):
+            output = inner(states, *args, **kwargs)
+            if isinstance(output, tuple):
+                return (output[0] + states, *output[1:])
+            return output + states
+
+        layer.forward = twice
+    else:
+        path = recipe.norm1 or recipe.middle
+        norm = layer.get_submodule(path)
+        plain = norm.forward
+        # The norm now takes the residual stream in twice.
+        norm.forward = lambda states: plain(states) + states
+        if recipe.middle:
+            # Of a pre-LN layer: attention reads what is not normed, and adds it.
+            out = projection.forward
+            projection.forward = lambda states: out(states) + states
+    ids, mask = padded([sentence(6), sentence(4)])
+    with pytest.raises((ReconstructionError, UnsupportedModelError)):
+        GlobEnc(model).attribute(ids, 1, mask)
