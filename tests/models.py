@@ -100,6 +100,9 @@ def mask_second(head: type[nn.Module]) -> type[nn.Module]:
     """The same head, whose second argument is the attention mask as others have it."""
 
     class Head(head):
+        # Older releases of transformers look for it in the source of a class's module.
+        _supports_sdpa = True
+
         def forward(self, input_ids=None, attention_mask=None, **kwargs):
             return super().forward(input_ids, attention_mask=attention_mask, **kwargs)
 
