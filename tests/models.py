@@ -100,9 +100,6 @@ def mask_second(head: type[nn.Module]) -> type[nn.Module]:
     """The same head, whose second argument is the attention mask as others have it."""
 
     class Head(head):
-        # Older releases of transformers look for it in the source of a class's module.
-        _supports_sdpa = True
-
         def forward(self, input_ids=None, attention_mask=None, **kwargs):
             return super().forward(input_ids, attention_mask=attention_mask, **kwargs)
 
@@ -383,10 +380,13 @@ def build(
     """A random model of the family, in evaluation mode."""
     described = FAMILIES[family]
     config = described.config()
-    config._attn_implementation = attention
+    kind = head or described.head
+    # LayoutLM had no sdpa in older releases of transformers.
+    known = getattr(kind, "_supports_sdpa", True)
+    config._attn_implementation = attention if known else "eager"
     if head is t.BertForQuestionAnswering:
         config.num_labels = 2  # start and end
-    model = randomize((head or described.head)(config)).to(dtype).eval()
+    model = randomize(kind(config)).to(dtype).eval()
     return in_own_dtype(model) if dtype == torch.float64 else model
 
 

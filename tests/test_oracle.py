@@ -55,8 +55,10 @@ def test_the_oracle_computes_the_model(family: str) -> None:
     for hook in hooks:
         hook.remove()
     assert len(layers) == len(seen) == 3
+    # Eager attention takes its softmax in float32 whatever the model's dtype is.
+    limit = 1e-11 if encoder.config._attn_implementation == "sdpa" else 1e-4
     for layer, state in zip(layers, [*seen[:-1], final]):
-        torch.testing.assert_close(layer.output, state[0], rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(layer.output, state[0], rtol=limit, atol=limit)
 
 
 @pytest.mark.parametrize("dtype", LIMIT, ids=str)
