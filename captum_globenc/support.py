@@ -83,7 +83,8 @@ def to_markdown() -> str:
     lines += [
         [
             row.title,
-            f"`{row.name}`",
+            # Of a class its own name: a whole path makes the table too wide.
+            f"`{row.name.rpartition('.')[2]}`" if " " not in row.name else "",
             row.norms,
             row.positions,
             row.extension,
@@ -94,6 +95,7 @@ def to_markdown() -> str:
     ]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     refused = "\n".join(f"* `{name}` {why}." for name, why in sorted(REFUSED.items()))
+    table = f":::{{div}} wide\n\n{table}\n\n:::"
     return f"{table}\n\n## Refused, with the reason\n\n{refused}\n"
 
 

@@ -89,6 +89,7 @@ html_theme_options = {
     "secondary_sidebar_items": {
         "**": ["page-toc"],
         "comparison": [],
+        "support": [],
         "reference/command-line": [],
         **{f"tutorials/{name}": [] for name in TUTORIALS},
     },
