@@ -1,0 +1,53 @@
+"""Decoders as classifiers: the last attended token, wherever the padding is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from captum_globenc import GlobEnc
+from tests import oracle
+from tests.models import FAMILIES, PAD, build, encoder_of, sentence
+
+DECODERS = [f for f in ("gpt2", "llama", "mistral", "qwen2", "qwen3") if f in FAMILIES]
+LENGTHS = (8, 5)
+
+
+def left_padded() -> tuple[Tensor, Tensor, list[Tensor]]:
+    sentences = [sentence(n, seed=n) for n in LENGTHS]
+    ids = torch.full((2, 9), PAD)
+    mask = torch.zeros(2, 9, dtype=torch.long)
+    for row, example in enumerate(sentences):
+        ids[row, -len(example) :] = example
+        mask[row, -len(example) :] = 1
+    return ids, mask, sentences
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_left_padding(family: str) -> None:
+    """Each row equals the oracle's scores of its sentence, from its last token."""
+    model = build(family)
+    ids, mask, sentences = left_padded()
+    # Positions count from the first attended token, as generation has them.
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+
+    def forward(ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        return model(ids, attention_mask=mask, position_ids=positions).logits
+
+    scores = GlobEnc(forward).attribute(ids, 1, (mask, positions))
+    for row, example in enumerate(sentences):
+        encoder = encoder_of(family, model)
+        layers = oracle.run_encoder(encoder, FAMILIES[family].recipe, example)
+        local = [oracle.local_score(layer, "N_ENC") for layer in layers]
+        expected = oracle.rollout(local)[-1]
+        n = len(example)
+        torch.testing.assert_close(scores[row, -n:], expected, rtol=1e-9, atol=1e-14)
+        assert not scores[row, :-n].any()
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_no_token_takes_from_later_ones(family: str) -> None:
+    ids, mask, _ = left_padded()
+    local = GlobEnc(build(family)).decompose(ids, (mask,)).local
+    assert not local.triu(1).any()
