@@ -105,8 +105,14 @@ def unsupported(root: nn.Module) -> UnsupportedModelError:
 
 def refusals(types: list[str]) -> str:
     """Why known families among these model types cannot be decomposed; "" for none."""
-    return " ".join(
+    found = [
         f"model type {kind!r} is not supported: it {reason}."
         for kind in dict.fromkeys(types)
         if (reason := reason_against(kind)) is not None
-    )
+    ]
+    if found:
+        found.append(
+            "Captum's own methods, such as LayerIntegratedGradients, need no "
+            "decomposition and explain it."
+        )
+    return " ".join(found)
