@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -316,17 +318,8 @@ def _load_encoder(name: str) -> PreTrainedModel:
     """The model of this name without a head; of an encoder-decoder, the encoder."""
     from transformers import AutoModel
 
-    here = Path(name).is_dir()
-    try:
-        model = AutoModel.from_pretrained(
-            name,
-            dtype="float32",
-            trust_remote_code=False,
-            local_files_only=here or not _hub_knows(name),
-        )
-    except Exception as error:  # a folder can be wrong in any way
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"model {name!r} cannot be loaded: {reason}") from error
+    with _loading(name) as source:
+        model = AutoModel.from_pretrained(name, dtype="float32", **source)
     if model.config.is_encoder_decoder:
         model = model.get_encoder()
     return model.eval()
@@ -356,25 +349,11 @@ def _load(
         return demo.load_classifier()
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    here = Path(name).is_dir()
-    # Code that comes with a model is never run.
-    source = {
-        "trust_remote_code": False,
-        "local_files_only": here or not _hub_knows(name),
-    }
-    try:
+    with _loading(name) as source:
         model, report = AutoModelForSequenceClassification.from_pretrained(
             name, dtype="float32", output_loading_info=True, **source
         )
         tokenizer = AutoTokenizer.from_pretrained(name, **source)
-    except Exception as error:  # a folder can be wrong in any way
-        if not here and isinstance(error, OSError):
-            raise InputError(
-                f"model {name!r}: there is no such folder, and the Hugging Face hub "
-                "has no such model or cannot be reached."
-            ) from error
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"model {name!r} cannot be loaded: {reason}") from error
     if missing := sorted(report["missing_keys"]):
         raise InputError(
             f"model {name!r} is no trained sequence classifier: it has no weights for "
@@ -387,6 +366,30 @@ def _load(
             f"tokens, and the model {model.config.vocab_size}."
         )
     return model.eval(), tokenizer
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[dict[str, Any]]:
+    """Where to load a model from, for ``from_pretrained``.
+
+    Raises:
+        InputError: it cannot be loaded, in one sentence.
+    """
+    here = Path(name).is_dir()
+    try:
+        # Code that comes with a model is never run.
+        yield {
+            "trust_remote_code": False,
+            "local_files_only": here or not _hub_knows(name),
+        }
+    except Exception as error:  # a folder can be wrong in any way
+        if not here and isinstance(error, OSError):
+            raise InputError(
+                f"model {name!r}: there is no such folder, and the Hugging Face hub "
+                "has no such model or cannot be reached."
+            ) from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"model {name!r} cannot be loaded: {reason}") from error
 
 
 def _hub_knows(name: str) -> bool:

@@ -46,12 +46,10 @@ def linear_map(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     it makes of zero and of every unit vector. That it is linear indeed is checked with
     the layer, on every run.
     """
-    if isinstance(module, Conv1D):
-        return module.weight.detach().T, module.bias.detach()
-    if _is_plain(module):
-        assert isinstance(module, nn.Linear)
+    weight = _matrix(module)
+    if weight is not None:
         bias = module.bias
-        return module.weight.detach(), None if bias is None else bias.detach()
+        return weight, None if bias is None else bias.detach()  # type: ignore[operator]
     unit = torch.eye(_size(module)).to(_like(module))
     with torch.no_grad():
         at_zero = _apply(module, torch.zeros_like(unit[0]))
@@ -60,8 +58,7 @@ def linear_map(module: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 def image_of_fixed_vector(module: nn.Module) -> Tensor:
     """What a linear map makes of one vector: other where its matrix is another one."""
-    plain = isinstance(module, Conv1D) or _is_plain(module)
-    weight = linear_map(module)[0] if plain else None
+    weight = _matrix(module)
     size = _size(module) if weight is None else weight.shape[1]
     direction = torch.linspace(-1, 1, size, dtype=torch.float64).sin()
     if weight is not None:
@@ -70,13 +67,20 @@ def image_of_fixed_vector(module: nn.Module) -> Tensor:
         return _apply(module, direction.to(_like(module)))
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Whether the weights say all; quantised and adapted maps are Linears, too."""
-    return (
+def _matrix(module: nn.Module) -> Tensor | None:
+    """The matrix (out, in) of a map whose weights say all, None for any other.
+
+    Quantised and adapted maps are Linears, too.
+    """
+    if isinstance(module, Conv1D):
+        return module.weight.detach().T  # type: ignore[no-any-return]
+    if (
         isinstance(module, nn.Linear)
         and type(module).forward is nn.Linear.forward
         and module.weight.is_floating_point()
-    )
+    ):
+        return module.weight.detach()
+    return None
 
 
 def _size(module: nn.Module) -> int:
