@@ -33,6 +33,9 @@ app = typer.Typer(
 )
 
 # Paragraphs of one line each: the help keeps their ends.
+# Code that comes with a model is never run.
+_SAFE: dict[str, Any] = {"trust_remote_code": False}
+
 _EXAMPLES = """
 [bold]Examples[/]
 
@@ -319,7 +322,9 @@ def _load_encoder(name: str) -> PreTrainedModel:
     from transformers import AutoModel
 
     with _loading(name) as source:
-        model = AutoModel.from_pretrained(name, dtype="float32", **source)
+        model = AutoModel.from_pretrained(
+            name, dtype="float32", adapter_kwargs=source, **_SAFE, **source
+        )
     if model.config.is_encoder_decoder:
         model = model.get_encoder()
     return model.eval()
@@ -351,9 +356,14 @@ def _load(
 
     with _loading(name) as source:
         model, report = AutoModelForSequenceClassification.from_pretrained(
-            name, dtype="float32", output_loading_info=True, **source
+            name,
+            dtype="float32",
+            output_loading_info=True,
+            adapter_kwargs=source,
+            **_SAFE,
+            **source,
         )
-        tokenizer = AutoTokenizer.from_pretrained(name, **source)
+        tokenizer = AutoTokenizer.from_pretrained(name, **_SAFE, **source)
     if missing := sorted(report["missing_keys"]):
         raise InputError(
             f"model {name!r} is no trained sequence classifier: it has no weights for "
@@ -369,19 +379,15 @@ def _load(
 
 
 @contextmanager
-def _loading(name: str) -> Iterator[dict[str, Any]]:
-    """Where to load a model from, for ``from_pretrained``.
+def _loading(name: str) -> Iterator[dict[str, bool]]:
+    """Where to look for a model, for ``from_pretrained`` and its adapters.
 
     Raises:
         InputError: it cannot be loaded, in one sentence.
     """
     here = Path(name).is_dir()
     try:
-        # Code that comes with a model is never run.
-        yield {
-            "trust_remote_code": False,
-            "local_files_only": here or not _hub_knows(name),
-        }
+        yield {"local_files_only": here or not _hub_knows(name)}
     except Exception as error:  # a folder can be wrong in any way
         if not here and isinstance(error, OSError):
             raise InputError(

@@ -104,7 +104,9 @@ def test_attention_implementation_does_not_matter(family: str, attention: str) -
     model = build(family, attention=attention)
     ids, mask = padded([sentence(8), sentence(5)])
     scores = attribute(model, ids, mask)
-    assert model.config._attn_implementation == attention
+    # LayoutLM had no sdpa in older releases of transformers.
+    chosen = attention if getattr(model, "_supports_sdpa", True) else "eager"
+    assert model.config._attn_implementation == chosen
     expected = attribute(build(family), ids, mask)
     torch.testing.assert_close(scores, expected, **EXACT)
 
