@@ -307,14 +307,18 @@ def models(
         report = support.check_model(_load_encoder(check))
     except GlobEncError as error:
         _fail(str(error))
-    table = Table("Layer", "Largest relative deviation")
-    for layer, deviation in report.deviations.items():
-        table.add_row(layer, f"{deviation:.1e}")
+    table = Table("Layer", "Part rebuilt least well", "Off by", "Allowed")
+    for layer, fit in report.layers.items():
+        table.add_row(layer, fit.part, f"{fit.deviation:.1e}", f"{fit.limit:.0e}")
     _show(table)
+    good = sum(fit.is_good for fit in report.layers.values())
+    all_of = "all " if good == len(report.layers) else f"{good} of "
     typer.echo(
-        f"{report.family}: all {len(report.deviations)} layers are rebuilt (at most "
-        f"{report.limit:.0e} is allowed), in {report.seconds:.2f} s."
+        f"{report.family}: {all_of}{len(report.layers)} layers are rebuilt, in "
+        f"{report.seconds:.2f} s."
     )
+    if good < len(report.layers):
+        raise typer.Exit(1)
 
 
 def _load_encoder(name: str) -> PreTrainedModel:

@@ -185,7 +185,7 @@ def _globenc_of(local: str) -> Method:
 
         return scores
 
-    reduction = f"rollout of {local}: how much of each token reaches [CLS]"
+    reduction = f"rollout of {local}: how much of each token reaches the head"
     return Method(build, reduction, local)
 
 

@@ -14,7 +14,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,39 +47,44 @@ def tolerance(*dtypes: torch.dtype) -> float:
     return largest
 
 
-@dataclass
-class Observed:
-    """What checks found, also where all is well.
+class Fit(NamedTuple):
+    """How well a part of a layer is rebuilt.
 
     Args:
-        deviations (dict[str, float]): layer → the largest relative deviation of a part.
-        limit (float): the largest one that was allowed.
+        part (str): which identity of the layer.
+        deviation (float): the largest one, relative to the largest true value.
+        limit (float): the largest one that rounding explains.
     """
 
-    deviations: dict[str, float] = field(default_factory=dict)
-    limit: float = 0.0
+    part: str
+    deviation: float
+    limit: float
 
-    def add(self, layer: str, error: float, limit: float) -> None:
-        """Take in one comparison."""
-        self.deviations[layer] = max(error, self.deviations.get(layer, 0.0))
-        self.limit = max(self.limit, limit)
+    @property
+    def is_good(self) -> bool:
+        """Whether rounding explains the deviation."""
+        return self.deviation <= self.limit
 
 
 class _Active(threading.local):
-    observed: Observed | None = None
+    worst: dict[str, Fit] | None = None
 
 
 _ACTIVE = _Active()
 
 
 @contextmanager
-def observing() -> Iterator[Observed]:
-    """Keep what the checks of this thread find."""
-    _ACTIVE.observed = Observed()
+def observing() -> Iterator[dict[str, Fit]]:
+    """Let the checks of this thread tell what they find, and raise nothing.
+
+    Yields:
+        *dict*: layer → its part that is rebuilt least well.
+    """
+    _ACTIVE.worst = {}
     try:
-        yield _ACTIVE.observed
+        yield _ACTIVE.worst
     finally:
-        _ACTIVE.observed = None
+        _ACTIVE.worst = None
 
 
 #: What must be recorded of a layer's parts, by the placement of its norms.
@@ -283,15 +289,17 @@ def check(
     # Filled, not multiplied: what padding holds may not even be a number.
     deviations = _largest((true - rebuilt).masked_fill(~attended, 0))
     sizes = _largest(true.masked_fill(~attended, 0))
-    for part, deviation, size in zip(
-        parts, deviations.tolist(), sizes.tolist(), strict=True
-    ):
-        if _ACTIVE.observed is not None:
-            _ACTIVE.observed.add(layer, deviation / size if size else 0.0, largest)
-        # Not ">": a deviation that is not a number is no match either.
-        if not deviation <= largest * size:
-            error = deviation / size if size else float("inf")
-            raise ReconstructionError(layer, part, error, largest)
+    # Nothing is off by nothing, also of nothing; NaN is off by any measure.
+    relative = (deviations / sizes).masked_fill(deviations == 0, 0)
+    relative = relative.nan_to_num(nan=torch.inf, posinf=torch.inf)
+    for part, deviation in zip(parts, relative.tolist(), strict=True):
+        fit = Fit(part, deviation, largest)
+        if _ACTIVE.worst is not None:
+            worst = _ACTIVE.worst.setdefault(layer, fit)
+            if fit.deviation / fit.limit > worst.deviation / worst.limit:
+                _ACTIVE.worst[layer] = fit
+        elif not fit.is_good:
+            raise ReconstructionError(layer, *fit)
 
 
 def _largest(values: Tensor) -> Tensor:

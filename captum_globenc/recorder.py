@@ -300,8 +300,10 @@ class Recorder:
             raise UnsupportedModelError(
                 f"layer {draft.name!r}: its attention did not go through "
                 "transformers.AttentionInterface or torch's "
-                "scaled_dot_product_attention, so it cannot be recorded. Supported "
-                f"model types: {', '.join(supported_model_types())}."
+                "scaled_dot_product_attention, so it cannot be recorded. Code that "
+                "imports that function by its name must call it as "
+                "torch.nn.functional.scaled_dot_product_attention. Supported model "
+                f"types: {', '.join(supported_model_types())}."
             )
         missing = {f"{part}.output" for part in modules.watched} - set(draft.steps)
         if missing:

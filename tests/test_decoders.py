@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from captum_globenc import GlobEnc
+from captum_globenc.errors import InputError
 from tests import oracle
 from tests.models import FAMILIES, PAD, build, encoder_of, sentence
 
@@ -44,6 +45,27 @@ def test_left_padding(family: str) -> None:
         n = len(example)
         torch.testing.assert_close(scores[row, -n:], expected, rtol=1e-9, atol=1e-14)
         assert not scores[row, :-n].any()
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_embeddings_with_padding(family: str) -> None:
+    """Without ids such a model reads the last token: padding, if it is on the right."""
+    model = build(family)
+    embeddings = model.get_input_embeddings()
+
+    def forward(vectors: Tensor, mask: Tensor) -> Tensor:
+        return model(inputs_embeds=vectors, attention_mask=mask).logits
+
+    example = sentence(6)[None]
+    padded = torch.cat([example, torch.full((1, 2), PAD)], dim=1)
+    mask = (padded != PAD).long()
+    with pytest.raises(InputError, match="padding: pad on the other side, or pass"):
+        GlobEnc(forward).attribute(embeddings(padded), 1, mask)
+    found = GlobEnc(forward).attribute(embeddings(padded), 1, mask, token_index=5)
+    expected = GlobEnc(model).attribute(example, 1)
+    # Scores of embeddings are spread over the hidden dimension.
+    torch.testing.assert_close(found.sum(-1)[:, :6], expected)
+    assert not found[:, 6:].any()
 
 
 @pytest.mark.parametrize("family", DECODERS)

@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from torch import nn
 
 from captum_globenc import LOCAL_SCORES, GlobEnc
 from tests import oracle
@@ -124,6 +125,28 @@ def test_the_vectors_rebuild_the_true_input_of_the_first_norm(family: str) -> No
         a = torch.einsum("bhij,bhjd->bijd", alpha, f)
         rebuilt = a.sum(2) + layer.hidden + bias
         torch.testing.assert_close(rebuilt.detach(), true, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("family", ["bert", "roberta-prelayernorm"])
+def test_layers_with_rms_norms(family: str, name: str) -> None:
+    """A norm that takes no mean away and adds nothing, after a residual or before."""
+    model = build(family)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.LayerNorm):
+            norm = nn.RMSNorm(24, eps=1e-3, dtype=torch.float64)
+            norm.weight.data.copy_(module.weight)
+            model.set_submodule(path, norm)
+    encoder, recipe = encoder_of(family, model), FAMILIES[family].recipe
+    example = sentence(7)
+    layers = oracle.run_encoder(encoder, recipe, example)
+    expected = [oracle.local_score(layer, name) for layer in layers]
+    globenc = GlobEnc(model, local=name)
+    found = globenc.decompose(example[None]).local[0]
+    for local, literally in zip(found, expected, strict=True):
+        assert relative(local, literally) <= LIMIT[torch.float64]
+    scores = globenc.attribute(example[None], target=1)[0]
+    assert relative(scores, oracle.rollout(expected)[0]) <= LIMIT[torch.float64]
 
 
 def test_one_token_takes_everything_from_itself() -> None:

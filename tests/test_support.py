@@ -216,6 +216,40 @@ def test_a_model_of_the_users_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert GlobEnc(model).attribute(ids[None], 1).shape == (1, 6)
 
 
+def test_attention_that_is_called_by_its_own_name(monkeypatch) -> None:
+    """What an import copied cannot be listened to."""
+    monkeypatch.setattr(architectures, "_TABLE", dict(architectures._TABLE))
+    register_architecture(OwnEncoder, OWN)
+    copied = torch.nn.functional.scaled_dot_product_attention
+
+    def attend(self: OwnLayer, x: Tensor) -> Tensor:
+        heads = self.qkv(x).unflatten(-1, (3, 4, 6)).permute(2, 0, 3, 1, 4)
+        return copied(*heads).transpose(1, 2).flatten(2)
+
+    monkeypatch.setattr(OwnLayer, "attend", attend)
+    with pytest.raises(UnsupportedModelError, match="must call it as torch"):
+        GlobEnc(own()).attribute(sentence(6)[None], 1)
+
+
+def test_check_lists_the_layers_that_are_not_rebuilt(monkeypatch) -> None:
+    model = build("bert", torch.float32)
+    changed = model.bert.encoder.layer[1].output
+    changed.register_forward_hook(lambda _, args, output: output + args[1])
+    monkeypatch.setattr("captum_globenc.cli._load_encoder", lambda name: model)
+    checked = run("--check", "broken")
+    assert checked.exit_code == 1
+    assert "2 of 3 layers are rebuilt" in checked.output
+    # The second layer's own output, and what the third is given, are what they are.
+    rows = [line for line in checked.output.splitlines() if "layer." in line]
+    assert len(rows) == 3
+    assert "its output" in rows[1]
+    report = support.check_model(model)
+    good = [fit.is_good for fit in report.layers.values()]
+    assert good == [True, False, True]
+    with pytest.raises(ReconstructionError, match=r"layer\.1"):
+        GlobEnc(model).attribute(sentence(6)[None], 1)
+
+
 FAMILIES_TO_BREAK = ["bert", "distilbert", "xlm-roberta-xl", "llama", "gpt2"]
 
 

@@ -6,7 +6,6 @@ const [follow, method, layer, way, tokens, told] = [
 const buttons = [...tokens.querySelectorAll("button")];
 // Isolated, so that a right-to-left token leaves the sentence around it alone.
 const names = buttons.map((b) => `“\u2068${b.firstElementChild.textContent}\u2069”`);
-const read = 0; // the token that the classifier reads
 // A token stays followed after a click or with the focus, and while it is pointed at.
 let pinned = null;
 let pointed = null;
@@ -65,13 +64,15 @@ function sentence(shown, matrices, token, goes, row) {
       "The layers of this method are not known.";
   }
   const all = matrices.length - 1;
-  const part = matrices[all][read][token];
+  // The scores are the rollout's row of what the classifier reads.
+  const whole = shown.tokens.reduce((sum, one) => sum + one.score, 0) || 1;
+  const part = 1e4 * shown.tokens[token].score / whole;
   const where = Number(layer.value) === all
     ? "Through all layers" : `In layer ${Number(layer.value) + 1}`;
   const own = percent(row[token]);
   const others = list(row, token);
-  return `${names[token]}: ${percent(part)} of the evidence that reaches ` +
-    `${names[read]} through all layers. ` + (goes
+  return `${names[token]}: ${percent(part)} of the evidence that reaches the ` +
+    "classifier through all layers. " + (goes
     ? `${where}, ${own} of what it takes is its own; of what others take, it is most ` +
       `in: ${others}.`
     : `${where}, it takes ${own} from itself; from others, most from: ${others}.`);
