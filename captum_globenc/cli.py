@@ -297,7 +297,11 @@ def models(
     from captum_globenc import support
 
     if check is None:
-        table = Table("Family", "model_type or class", "Norms", "transformers from")
+        table = Table("Family")
+        # Whole, whatever the width: it is what one writes in code.
+        table.add_column("model_type or class", overflow="fold")
+        table.add_column("Norms")
+        table.add_column("transformers from")
         for row in support.rows():
             table.add_row(row.title, row.name, row.norms, row.since)
         _show(table)

@@ -123,6 +123,8 @@ class Family:
         positions (str): how attention knows of positions: ``"learned"`` tables that are
             added to the embeddings, ``"rotary"``, a ``"relative bias"`` on the logits,
             or any, as the model's configuration or author chose (``"any"``).
+        causal (bool, optional): no token attends to later ones. Default: False.
+        rms_norm (bool, optional): its norms are RMSNorms. Default: False, LayerNorms.
         since (str, optional): the first release of transformers in which the family's
             attention can be recorded. Default: ``"5.0"``.
         note (str, optional): what a user should know, one sentence.
@@ -131,5 +133,7 @@ class Family:
     title: str
     layouts: tuple[Architecture, ...]
     positions: str
+    causal: bool = False
+    rms_norm: bool = False
     since: str = "5.0"
     note: str = ""

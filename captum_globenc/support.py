@@ -18,12 +18,8 @@ from captum_globenc.reconstruction import Fit, observing
 
 #: The newest transformers that the tests ran with.
 NEWEST_TESTED = "5.23.0"
-_EXTENSIONS = {
-    "pre-LN": "pre-LN layers",
-    "scale": "LayerScale",
-    "rotary": "rotary positions",
-    "relative bias": "relative bias",
-}
+# How attention knows of positions → what its scores need beyond the paper.
+_EXTENSIONS = {"rotary": "rotary positions", "relative bias": "relative bias"}
 
 
 class Row(NamedTuple):
@@ -32,7 +28,7 @@ class Row(NamedTuple):
     name: str
     title: str
     norms: str
-    positions: str
+    attention: str
     extension: str
     since: str
     note: str
@@ -46,26 +42,32 @@ def rows() -> list[Row]:
 
 def _row(name: str, family: Family) -> Row:
     placements = {layout.is_pre_norm for layout in family.layouts}
-    norms = " or ".join("pre-LN" if pre else "post-LN" for pre in sorted(placements))
-    extensions = []
-    if True in placements:
-        extensions.append(_EXTENSIONS["pre-LN"])
-    if any(layout.attention_scale for layout in family.layouts):
-        extensions.append(_EXTENSIONS["scale"])
-    extensions += [
-        words
-        for kind, words in _EXTENSIONS.items()
-        if kind in family.positions and words not in extensions
+    placed = " or ".join("pre-LN" if pre else "post-LN" for pre in sorted(placements))
+    scaled = any(layout.attention_scale for layout in family.layouts)
+    extensions = [
+        *(["pre-LN layers"] if True in placements else []),
+        *(["RMSNorm"] if family.rms_norm else []),
+        *(["LayerScale"] if scaled else []),
+        *(words for kind, words in _EXTENSIONS.items() if kind in family.positions),
     ]
     return Row(
         name,
         family.title,
-        norms,
-        family.positions,
+        f"{placed}, {'RMSNorm' if family.rms_norm else 'LayerNorm'}",
+        _attention(family),
         ", ".join(extensions) or "none: all is the paper's",
         family.since,
         family.note,
     )
+
+
+def _attention(family: Family) -> str:
+    """What there is in attention beside queries and keys."""
+    # Learned positions are in the embeddings, not here.
+    inside = family.positions.replace("learned", "none")
+    if family.causal:
+        return "causal" if inside == "none" else f"causal, {inside}"
+    return inside
 
 
 def to_markdown() -> str:
@@ -74,7 +76,7 @@ def to_markdown() -> str:
         "Family",
         "`model_type` or class",
         "Norms",
-        "Positions in attention",
+        "Mask and bias of attention",
         "Extensions of the paper",
         "`transformers`",
         "Note",
@@ -86,7 +88,7 @@ def to_markdown() -> str:
             # Of a class its own name: a whole path makes the table too wide.
             f"`{row.name.rpartition('.')[2]}`" if " " not in row.name else "",
             row.norms,
-            row.positions,
+            row.attention,
             row.extension,
             f"{row.since} to {NEWEST_TESTED}",
             row.note,

@@ -21,7 +21,9 @@ from captum_globenc import (
     support,
 )
 from captum_globenc.cli import app
+from captum_globenc.encoders import find_encoder
 from captum_globenc.families import FAMILIES, REFUSED
+from captum_globenc.parts import is_centred, is_norm
 from tests import models
 from tests.conftest import left_behind
 from tests.models import build, encoder_of, padded, randomize, sentence
@@ -44,6 +46,17 @@ def test_the_table_has_every_family() -> None:
     assert listed.exit_code == 0
     for name in FAMILIES:
         assert name in listed.output
+
+
+@pytest.mark.parametrize("name", models.FAMILIES)
+def test_what_the_table_says_of_attention_and_norms(name: str) -> None:
+    model = build(name)
+    encoder = find_encoder(model)
+    assert encoder is not None
+    later = GlobEnc(model).decompose(sentence(8)[None]).local.triu(1)
+    assert encoder.family.causal == (not later.any())
+    norms = [m for m in encoder.module.modules() if is_norm(m)]
+    assert {is_centred(norm) for norm in norms} == {not encoder.family.rms_norm}
 
 
 def test_the_newest_version_is_the_one_that_tests_are_pinned_to() -> None:
