@@ -6,11 +6,14 @@ scripts and trackers from other hosts; a page of this site loads nothing from an
 
 from __future__ import annotations
 
+import atexit
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import NoReturn
 
@@ -29,6 +32,15 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 # Notebooks and commands run with this checkout, too, whatever is installed.
 os.environ["PYTHONPATH"] = str(ROOT)
+# Notebooks run without anybody's own IPython settings, and with errors only from the
+# kernel, which warns each time that it talks over this machine's own network.
+profile = Path(tempfile.mkdtemp()) / "profile_default"
+profile.mkdir()
+(profile / "ipython_kernel_config.json").write_text(
+    json.dumps({"IPKernelApp": {"log_level": "ERROR"}}), encoding="utf-8"
+)
+os.environ["IPYTHONDIR"] = str(profile.parent)
+atexit.register(shutil.rmtree, profile.parent, ignore_errors=True)
 
 project = "captum_globenc"
 author = "The captum_globenc developers"
