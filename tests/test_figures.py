@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 
 import matplotlib as mpl
 import numpy as np
@@ -69,6 +70,14 @@ DRAWN = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _pyplot(monkeypatch) -> Iterator[None]:
+    """Figures are pyplot's, and show nothing by themselves."""
+    monkeypatch.setattr(pyplot, "show", lambda *args, **options: pytest.fail("shown"))
+    yield
+    pyplot.close("all")
+
+
 def rendered(axes):
     """Drawn as PNG, which warns of missing glyphs, and warnings are errors."""
     file = io.BytesIO()
@@ -85,7 +94,7 @@ def names(axis):
 def test_any_text_is_drawn(figure, tokens) -> None:
     axes = DRAWN[figure](tokens)
     assert len(rendered(axes)) > 500
-    assert pyplot.get_fignums() == []
+    assert axes.figure in map(pyplot.figure, pyplot.get_fignums())
     expected, _ = drawable(tokens)
     if figure == "token_strip":
         assert [text.get_text() for text in axes.texts[: len(tokens)]] == expected
@@ -311,12 +320,12 @@ def test_colours_darken_with_strength_and_letters_stand_out() -> None:
     assert letters_on(SIGNED(1.0)) == letters_on(SIGNED(0.0)) == "white"
 
 
-def test_characters_that_no_font_has_are_code_points(monkeypatch) -> None:
+def test_characters_that_no_font_has_are_spelled(monkeypatch) -> None:
     monkeypatch.setattr(fonts, "_installed", lambda characters: {})
     fonts._fonts.cache_clear()
     shown, properties = drawable(["世", "a\u4e16b", "👍🏽", "e\u0301", "\u200d"])
     fonts._fonts.cache_clear()
-    assert shown[:3] == ["U+4E16", "aU+4E16b", "U+1F44D"]
+    assert shown[:3] == ["U+4E16", "aU+4E16b", ":thumbs up sign:"]
     assert shown[4] == "\N{OPEN BOX}"
     assert not properties["parse_math"]
     assert not properties["usetex"]
@@ -340,6 +349,29 @@ def test_fonts_are_found_for_what_the_usual_ones_lack(monkeypatch) -> None:
     fonts._fonts.cache_clear()
     usual = mpl.rcParams["font.family"]
     assert properties["fontfamily"] == [*usual, "Two Sans", "Three Sans"]
+
+
+def test_a_strip_has_room_for_a_title() -> None:
+    axes = token_strip(TOKENS["five"], [0.1, 1.0, 0.5, 0.0, 0.2])
+    title = axes.set_title("GlobEnc")
+    axes.figure.canvas.draw()
+    box = title.get_window_extent()
+    assert box.y0 >= axes.get_window_extent().y1
+    assert box.y1 <= axes.figure.bbox.y1
+
+
+def test_a_strip_of_zeros_says_so() -> None:
+    axes = token_strip(["a", "b"], [0.0, 0.0])
+    assert axes.texts[-1].get_text() == "All scores are 0."
+
+
+def test_many_tokens_in_little_room_take_less_ink() -> None:
+    def widest(size) -> float:
+        axes = Figure(figsize=size).subplots()
+        rollout_flow(["a"] * 60, torch.rand(2, 60, 60), ax=axes)
+        return max(axes.collections[0].get_linewidths())
+
+    assert widest((6, 3)) < widest((6, 12)) / 2
 
 
 # Errors

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis, XAxis
-from matplotlib.figure import Figure
 from rich.cells import cell_len
 from torch import Tensor
 
@@ -85,8 +85,11 @@ def unsigned(name: str, values: Tensor) -> Tensor:
 
 
 def new_axes(width: float, height: float) -> Axes:
-    """Axes of a figure of their own, in inches, which pyplot does not know."""
-    return Figure(figsize=(width, height), layout="constrained").add_subplot()
+    """Axes of a figure of their own, in inches.
+
+    It is pyplot's, so that a notebook shows it as it shows any other.
+    """
+    return pyplot.figure(figsize=(width, height), layout="constrained").add_subplot()
 
 
 def along(tokens: int, least: float) -> float:

@@ -19,6 +19,7 @@ from captum_globenc.visualization.canvas import (
     name_layers,
     name_tokens,
     new_axes,
+    size_in_points,
     unsigned,
 )
 from captum_globenc.visualization.colours import POSITIVE
@@ -27,6 +28,7 @@ from captum_globenc.visualization.fonts import drawable
 _WIDEST = 4.0  # points, of lines
 _THINNEST = 0.02  # of the strongest
 _LARGEST = 60.0  # points squared, of dots
+_PITCH = 9.0  # points from token to token that such lines and dots need
 
 
 def evidence_flow(local: Tensor, token_index: int = 0) -> Tensor:
@@ -115,13 +117,17 @@ def rollout_flow(
         names = 2 * beside(tokens)
         ax = new_axes(names + min(1.5 + 0.7 * layers, 12), 0.7 + along(count, 0.5))
     drawn = [_strongest(shares, lines_per_token * count) for shares in edges]
+    # Many tokens in little room are drawn with less ink.
+    ink = min(1.0, size_in_points(ax)[1] / count / _PITCH)
     for layer, kept in enumerate(drawn):
-        ax.add_collection(_lines(layer, kept))
+        ax.add_collection(_lines(layer, kept, ink * _WIDEST))
     # What is at the input, at each layer's output, and all of it at the end.
     inside = torch.cat([edges.sum(1), torch.zeros_like(edges[:1, 0])])
     inside[-1, token_index] = 1
     column, row = np.nonzero(inside.numpy() > 0)
-    sizes = _LARGEST * inside.numpy()[column, row] / inside.amax(1).numpy()[column]
+    sizes = (
+        ink**2 * _LARGEST * inside.numpy()[column, row] / inside.amax(1).numpy()[column]
+    )
     ax.scatter(column, row, s=sizes, color=POSITIVE, lw=0, zorder=3)
     ax.set(xlim=(-0.3, layers + 0.3), ylim=(count - 0.5, -0.5))
     ax.set_xlabel(f"layer (the lines carry {_span(drawn)} of its evidence)")
@@ -159,7 +165,7 @@ def _span(drawn: Sequence[Tensor]) -> str:
     return least if least == most else f"{least} to {most}"
 
 
-def _lines(layer: int, shares: Tensor) -> LineCollection:
+def _lines(layer: int, shares: Tensor, widest: float) -> LineCollection:
     """The edges of a layer, the strongest above the others."""
     receivers, sources = shares.nonzero(as_tuple=True)
     strength = shares[receivers, sources]
@@ -171,7 +177,7 @@ def _lines(layer: int, shares: Tensor) -> LineCollection:
     ]
     return LineCollection(
         segments,
-        linewidths=_WIDEST * relative,
+        linewidths=widest * relative,
         colors=[(POSITIVE, alpha) for alpha in (0.3 + 0.6 * relative).tolist()],
         capstyle="round",
     )

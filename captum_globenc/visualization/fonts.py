@@ -36,7 +36,9 @@ def drawable(
 
     Control characters become visible, long tokens end in an ellipsis, and blank ones
     are an open box. A character that no installed font has is written as its code
-    point, such as U+1F9FF; joiners, marks and modifiers that no font has are left out.
+    point, such as U+4E16, and an emoji by its name, such as :party popper:, because
+    matplotlib cannot draw the coloured ones of a font. Joiners, marks and modifiers
+    that no font has are left out.
 
     Args:
         tokens (sequence of str): any text.
@@ -64,10 +66,17 @@ def drawable(
 
 def _spelled(token: str, missing: frozenset[str]) -> str:
     return "".join(
-        c if c not in missing else f"U+{ord(c):04X}"
+        c if c not in missing else _named(c)
         for c in token
         if c not in missing or unicodedata.category(c) not in _COMBINING
     )
+
+
+def _named(character: str) -> str:
+    name = unicodedata.name(character, "")
+    if name and unicodedata.category(character) == "So":
+        return f":{name.lower()}:"
+    return f"U+{ord(character):04X}"
 
 
 @lru_cache(maxsize=32)

@@ -26,6 +26,8 @@ def layer_map(
 ) -> Axes:
     """One row of scores per layer, the bottom layer at the bottom.
 
+    Sentences of right-to-left scripts run from the right.
+
     Args:
         tokens (sequence of str): the tokens.
         scores_per_layer (Tensor or nested sequence): (layers, tokens), of any sign, in
@@ -64,6 +66,8 @@ def layer_map(
 
 def source_matrix(tokens: Sequence[str], local: Values, ax: Axes | None = None) -> Axes:
     """How much each receiver (row) takes from each source (column) in a layer.
+
+    Sources of right-to-left scripts run from the right.
 
     Args:
         tokens (sequence of str): the tokens.

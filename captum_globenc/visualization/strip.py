@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import matplotlib as mpl
+from matplotlib import pyplot
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
 
 from captum_globenc.visualization.canvas import (
@@ -19,6 +21,7 @@ from captum_globenc.visualization.fonts import drawable
 from captum_globenc.visualization.text import LEAST, number, strengths
 
 _WIDTH = 7.0  # inches
+_WHOLE = (0, 0, 1, 1)
 _POINTS = 72  # per inch
 _SIZES = (10.0, 9.0, 8.0, 7.0, 6.0, 5.0, 4.0)
 # All in font sizes: a line with its numbers, the ground of a token, what that has
@@ -40,8 +43,8 @@ def token_strip(tokens: Sequence[str], scores: Values, ax: Axes | None = None) -
     Args:
         tokens (sequence of str): the tokens.
         scores (Tensor or sequence of float): (tokens), of any sign and size.
-        ax (Axes, optional): where to draw; letters shrink to what fits there. Default:
-            a new figure, as high as the sentence needs.
+        ax (Axes, optional): where to draw; letters shrink to what fits there, down to 4
+            points. Default: a new figure, as high as the sentence and a title need.
 
     Returns:
         *Axes*: with a rectangle per token. The figure is ``axes.figure``.
@@ -59,7 +62,7 @@ def token_strip(tokens: Sequence[str], scores: Values, ax: Axes | None = None) -
     """
     values = finite("scores", scores, tokens, "tokens")
     own = ax is None
-    axes = Figure(figsize=(_WIDTH, 1)).add_axes((0, 0, 1, 1)) if ax is None else ax
+    axes = pyplot.figure(figsize=(_WIDTH, 1)).add_axes(_WHOLE) if ax is None else ax
     figure = axes.get_figure(root=True)
     assert figure is not None
     width, height = size_in_points(axes)
@@ -75,7 +78,9 @@ def token_strip(tokens: Sequence[str], scores: Values, ax: Axes | None = None) -
         lines = places[-1][0] + 1
         needed = (lines * _LINE + 1.5) * size
         if own:
-            figure.set_size_inches(_WIDTH, needed / _POINTS)
+            above = mpl.rcParams["axes.titlepad"] + 1.5 * _points_of_title()
+            figure.set_size_inches(_WIDTH, (needed + above) / _POINTS)
+            axes.set_position((0, 0, 1, needed / (needed + above)))
             height = needed
         if needed <= height and max(widths) * size <= width:
             break
@@ -100,16 +105,22 @@ def token_strip(tokens: Sequence[str], scores: Values, ax: Axes | None = None) -
             x, y + 1.35, number(strength), size=_NUMBER * size, ha="center", va="center"
         )
     signs = "Blue: positive, orange: negative. " if (values < 0).any() else ""
+    key = f"{signs}100: the strongest token; under {LEAST:.0%} no number."
     axes.text(
         _BETWEEN,
         lines * _LINE + 0.6,
-        f"{signs}100: the strongest token; under {LEAST:.0%} no number.",
+        key if values.any() else "All scores are 0.",
         size=_NUMBER * size,
         color="0.35",
         ha="right" if from_right else "left",
         va="center",
     )
     return axes
+
+
+def _points_of_title() -> float:
+    size = FontProperties(size=mpl.rcParams["axes.titlesize"]).get_size_in_points()
+    return float(size)
 
 
 def _wrapped(widths: Sequence[float], most: float) -> list[tuple[int, float]]:
