@@ -70,6 +70,8 @@ class Explanation:
         model (str): name or folder of the model.
         tokens (tuple[str, ...]): the tokens that the model saw, readable.
         special (tuple[bool, ...]): which of them the tokenizer added ([CLS], [SEP]).
+        unknown (tuple[bool, ...]): which are not in the tokenizer's vocabulary, so that
+            they are all the same to the model.
         dropped_tokens (int): how many tokens truncation cut off at the end.
         predicted (ClassScore): the class with the largest output.
         target (ClassScore): the class that is explained.
@@ -84,6 +86,7 @@ class Explanation:
     model: str
     tokens: tuple[str, ...]
     special: tuple[bool, ...]
+    unknown: tuple[bool, ...]
     dropped_tokens: int
     predicted: ClassScore
     target: ClassScore
@@ -183,6 +186,9 @@ def explain(
         model=_model_name(model),
         tokens=_readable_tokens(tokenizer, encoding, text),
         special=tuple(bool(flag) for flag in encoding["special_tokens_mask"]),
+        unknown=tuple(
+            token == tokenizer.unk_token_id for token in encoding["input_ids"]
+        ),
         dropped_tokens=dropped,
         predicted=predicted,
         target=explained,

@@ -144,6 +144,7 @@ def test_explanation_of_the_default_methods(demo_model) -> None:
     assert explanation.predicted.label == model.config.id2label[best]
     assert explanation.predicted.probability == pytest.approx(probabilities[best])
     assert explanation.tokens == tuple(tokenizer.convert_ids_to_tokens(ids[0]))
+    assert not any(explanation.unknown)
     assert explanation.special == (True, *[False] * (ids.shape[1] - 2), True)
     assert explanation.model == "demo_classifier"
     assert explanation.dropped_tokens == 0
@@ -362,6 +363,7 @@ def made(tokens, scores, text="text") -> Explanation:
         model="model",
         tokens=tuple(tokens),
         special=(False,) * len(tokens),
+        unknown=(False,) * len(tokens),
         dropped_tokens=0,
         predicted=output,
         target=output,

@@ -18,6 +18,7 @@ from captum_globenc.visualization.text import (
     number,
     strengths,
     title,
+    unknown_tokens,
     visible,
 )
 
@@ -66,6 +67,7 @@ def to_html(explanation: Explanation) -> str:
         direction=direction(explanation.text),
         predicted=described(explanation.predicted),
         target=described(explanation.target),
+        unknown=unknown_tokens(explanation),
         methods=methods,
         least=round(100 * LEAST),
         follow=bool(followed),

@@ -23,6 +23,7 @@ from captum_globenc.visualization.text import (
     number,
     strengths,
     title,
+    unknown_tokens,
     visible,
 )
 
@@ -95,6 +96,8 @@ def _header(explanation: Explanation) -> Text:
             f"\nThe first {kept} of {kept + explanation.dropped_tokens} tokens: the "
             "text is longer than the model's positions."
         )
+    if unknown := unknown_tokens(explanation):
+        header.append(f"\n{unknown}")
     return header
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable
 
-from captum_globenc.explanation import ClassScore, MethodScores
+from captum_globenc.explanation import ClassScore, Explanation, MethodScores
 
 # Tokens that are weaker, relative to the strongest, have no number, so that the others
 # stand out.
@@ -54,6 +54,18 @@ def described(output: ClassScore) -> str:
     if output.probability is None:
         return f"{visible(output.label)} = {output.logit:.4g}"
     return f"{visible(output.label)} ({output.probability:.1%})"
+
+
+def unknown_tokens(explanation: Explanation) -> str:
+    """A warning where the model cannot tell words apart, else nothing."""
+    unknown = sum(explanation.unknown)
+    if not unknown:
+        return ""
+    all_of = len(explanation.tokens) - sum(explanation.special)
+    return (
+        f"{unknown} of {all_of} tokens are not in the tokenizer's vocabulary: to the "
+        "model they are all the same."
+    )
 
 
 def strengths(scores: Iterable[float]) -> list[float]:
