@@ -21,6 +21,7 @@ from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
+from transformers import PreTrainedModel
 
 from captum_globenc.architectures import model_type
 from captum_globenc.encoders import Encoder, find_encoder
@@ -30,6 +31,8 @@ from captum_globenc.recorder import Recorder
 from captum_globenc.records import EncoderRecord
 from captum_globenc.weights import WeightCache
 
+# Modules whose outputs per token are of several tokens.
+_MIXERS = (nn.RNNBase, nn.modules.conv._ConvNd, nn.MultiheadAttention)
 # Two runs at once would switch and restore the same model's settings out of order, so
 # one runs after the other; a run that records nothing is not held up.
 _LOCK = threading.RLock()
@@ -42,15 +45,19 @@ class Head:
     """What was seen of the head, by which the token that it reads is found.
 
     Args:
-        token_logits (list[Tensor]): (batch, tokens, n), what linear maps make of all
+        token_logits (list[Tensor]): (batch, tokens, n), what maps and norms make of all
             tokens.
-        vectors (list[Tensor]): (batch, n), what goes into or comes out of modules.
+        vectors (list[Tensor]): (batch, n), what goes into or comes out of modules, and
+            what the encoder returns instead of tokens.
         pooled (list[Tensor]): likewise, of modules that belong to the encoder.
+        mixers (list[str]): what ran that mixes tokens, so that its output per token is
+            of all of them.
     """
 
     token_logits: list[Tensor] = field(default_factory=list)
     vectors: list[Tensor] = field(default_factory=list)
     pooled: list[Tensor] = field(default_factory=list)
+    mixers: list[str] = field(default_factory=list)
 
 
 class Captured(NamedTuple, Generic[Output]):
@@ -119,27 +126,50 @@ def record(
 def _watched_head(recorder: Recorder) -> Iterator[Head]:
     """Collect what goes through modules once the layers have run."""
     thread = threading.get_ident()
-    head = Head()
+    head = Head(mixers=recorder.attended_later)
     inside: set[int] = set()
+    others: list[nn.Module] = []  # models of their own that are running
 
-    def keep(module: nn.Module, args: Any, output: Any) -> None:
-        if threading.get_ident() != thread or not recorder.is_past_layers:
+    def is_later() -> bool:
+        return threading.get_ident() == thread and recorder.is_past_layers
+
+    def enter(module: nn.Module, _: Any) -> None:
+        if not is_later():
             return
-        if isinstance(module, nn.Linear) and output.ndim == 3:
-            head.token_logits.append(output.detach())
-        if not inside and recorder.encoder is not None:
+        assert recorder.encoder is not None
+        if not inside:
             inside.update(id(part) for part in recorder.encoder.module.modules())
-        (head.pooled if id(module) in inside else head.vectors).extend(
+        # Such as the other tower of CLIP: what it computes is no part of the head.
+        if isinstance(module, PreTrainedModel) and id(module) not in inside:
+            others.append(module)
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        if not is_later():
+            return
+        if others:
+            if others[-1] is module:
+                others.pop()
+            return
+        if isinstance(module, nn.Linear | nn.LayerNorm) and output.ndim == 3:
+            head.token_logits.append(output.detach())
+        own = id(module) in inside
+        if isinstance(module, _MIXERS) and not own:
+            head.mixers.append(type(module).__name__)
+        returned = list(_tensors(output))
+        (head.pooled if own else head.vectors).extend(
             value.detach()
-            for value in (*_tensors(args), *_tensors(output))
+            for value in (*_tensors(args), *returned)
             if value.ndim == 2 and value.is_floating_point()
         )
+        assert recorder.encoder is not None
+        # A model whose head is inside of what was registered returns no tokens.
+        if module is recorder.encoder.module and all(v.ndim == 2 for v in returned):
+            head.vectors.extend(value.detach() for value in returned)
 
-    handle = register_module_forward_hook(keep)
-    try:
+    with ExitStack() as undo:
+        undo.callback(register_module_forward_pre_hook(enter).remove)
+        undo.callback(register_module_forward_hook(leave).remove)
         yield head
-    finally:
-        handle.remove()
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

@@ -64,6 +64,8 @@ class Recorder:
         self._final: tuple[Tensor, Tensor] | None = None
         self._grid: Grid | None = None
         self.has_begun = False
+        #: Attention that ran after the layers.
+        self.attended_later: list[str] = []
 
     @property
     def is_past_layers(self) -> bool:
@@ -279,6 +281,8 @@ class Recorder:
         """Keep a call of scaled dot-product attention, if a layer attends by it."""
         draft = self._draft
         if draft is None or not draft.attends:
+            if self.is_past_layers:
+                self.attended_later.append("attention")
             return
         if draft.call is not None or call.query.ndim != 4:
             raise UnsupportedModelError(

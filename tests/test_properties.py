@@ -67,12 +67,15 @@ def test_appended_padding_changes_nothing(family: str, name: str) -> None:
     assert not long[:, 8:].any()
 
 
-def test_left_padding_explains_the_first_attended_token() -> None:
+def test_left_padding() -> None:
+    """The head reads the first token, which is padding: nothing worth explaining."""
     model = build("bert")
     ids, mask = padded([sentence(6)], extra=3)
     ids, mask = ids.flip(1), mask.flip(1)
     globenc = GlobEnc(model)
-    scores = globenc.attribute(ids, 0, (mask,))
+    with pytest.raises(InputError, match="token 0 of example 0, which is padding"):
+        globenc.attribute(ids, 0, (mask,))
+    scores = globenc.attribute(ids, 0, (mask,), token_index=3)
     rollout = globenc.decompose(ids, (mask,)).rollout()
     torch.testing.assert_close(scores[0], rollout[0, 3], **EXACT)
     assert not scores[0, :3].any()

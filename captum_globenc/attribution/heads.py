@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,8 +12,15 @@ from captum_globenc._captum import TargetType
 from captum_globenc.attribution.arguments import output_tensor, start_of
 from captum_globenc.capture import Captured
 from captum_globenc.errors import InputError, UnsupportedModelError
-from captum_globenc.reconstruction import tolerance
 from captum_globenc.records import EncoderRecord
+
+# What a closure may make of a row of logits before it returns it.
+_OF_LOGITS: tuple[Callable[[Tensor], Tensor], ...] = (
+    lambda logits: logits,
+    lambda logits: logits.softmax(-1),
+    lambda logits: logits.log_softmax(-1),
+    lambda logits: logits.sigmoid(),
+)
 
 
 def start_of_head(
@@ -22,40 +30,69 @@ def start_of_head(
 
     In this order: the token that the target of a token-level head names; the token
     whose logits the output is; the tokens, or means of tokens, that go into the head as
-    vectors; what the family's heads read.
+    vectors. An output per token without a target is explained for the token that heads
+    of the family read.
 
     Returns:
         *tuple* as of :func:`~captum_globenc.attribution.arguments.start_of`.
+
+    Raises:
+        InputError: the head reads padding.
+        UnsupportedModelError: what it reads is not found.
     """
-    run, layout = captured.run, captured.encoder.architecture
+    run = captured.run
     output = output_tensor(captured.output)
     token = _token_of_target(output, captured, target)
     if token is not None:
         return start_of(token, run)
-    token = _token_of_logits(output, captured)
-    read: Tensor | None
-    if token is not None:
-        read = nn.functional.one_hot(token, run.shape[1]).to(run.layers[0].dtype)
-    else:
+    read = _read_as_logits(output, captured)
+    if read is None:
         read = _read_as_vectors(captured)
-    if read is not None:
-        padding = (read > 0) & ~run.attended
-        if not padding.any():
-            return _start_with(read, run)
-        if layout.reads != "first":
-            example, position = padding.nonzero()[0].tolist()
-            raise InputError(
-                f"the head reads token {position} of example {example}, which is "
-                "padding: pad on the other side, or pass token_index."
-            )
-    elif layout.reads is None:
+    if read is None:
+        if target is not None or not _is_per_token(output, captured):
+            raise _not_found(captured)
+        read = _read_by_family(captured)
+    padding = (read > 0) & ~run.attended
+    if padding.any():
+        example, position = padding.nonzero()[0].tolist()
+        raise InputError(
+            f"the head reads token {position} of example {example}, which is "
+            "padding: pad on the other side, or pass token_index."
+        )
+    if (read == 1).any(-1).all():
+        # Of one token each, few rows of the top layer do.
+        return start_of(read.argmax(-1), run)
+    return read, None
+
+
+def _read_by_family(captured: Captured[Any]) -> Tensor:
+    """What a pooler reads, where one ran, or heads of the family; none ran here."""
+    run, reads = captured.run, captured.encoder.architecture.reads
+    pooled = _read_by_pooler(captured)
+    if pooled is not None:
+        return pooled
+    if reads is None:
         raise _not_found(captured)
-    if layout.reads == "mean":
-        return start_of("mean", run)
+    if reads == "mean":
+        return start_of("mean", run)[0]
     positions = torch.arange(run.shape[1], device=run.attended.device)
-    order = positions if layout.reads == "last" else -positions
+    order = positions if reads == "last" else -positions
     hidden = torch.iinfo(order.dtype).min
-    return start_of(order.masked_fill(~run.attended, hidden).argmax(-1), run)
+    return start_of(order.masked_fill(~run.attended, hidden).argmax(-1), run)[0]
+
+
+def _not_found(captured: Captured[Any]) -> UnsupportedModelError:
+    mixers = captured.head.mixers
+    mixed = f", and {mixers[0]} mixes tokens after it" if mixers else ""
+    return UnsupportedModelError(
+        f"which token the head of {type(captured.encoder.root).__name__} reads could "
+        "not be found (no vector that it takes is a token of the last layer, or the "
+        f"mean of the attended ones{mixed}): pass token_index, an int, a LongTensor "
+        '(batch,) or "mean".'
+    )
+
+
+# Heads with an output per token
 
 
 def _token_of_target(
@@ -66,6 +103,8 @@ def _token_of_target(
         return _token_of_largest(output, captured)
     if target is None or not _is_per_token(output, captured):
         return None
+    if captured.head.mixers:
+        raise _not_found(captured)
     if isinstance(target, Tensor):
         return target
     targets = target if isinstance(target, list) else [target]
@@ -119,107 +158,157 @@ def _token_of_largest(output: Tensor, captured: Captured[Any]) -> Tensor | None:
     return None
 
 
-def _token_of_logits(output: Tensor, captured: Captured[Any]) -> Tensor | None:
-    """The token whose row of logits the output is: decoders classify all tokens."""
-    for logits in reversed(captured.head.token_logits):
-        if logits.shape[:2] == captured.run.shape and output.ndim == 2:
-            token = _row_of(output.detach(), logits, captured.run.attended)
-            if token is not None:
-                return token
+def _read_as_logits(output: Tensor, captured: Captured[Any]) -> Tensor | None:
+    """The tokens whose logits the output is: decoders classify all tokens.
+
+    Returns:
+        *Tensor* of shape (batch, tokens), weights, or *None* where nothing is found.
+    """
+    output = output.detach()
+    if captured.head.mixers:
+        return None
+    if output.ndim == 2:
+        for logits in _of_tokens(captured):
+            for function in _OF_LOGITS:
+                read = _read_of(output, function(logits), captured.run)
+                if read is not None:
+                    return read
+    if output.ndim == 1 and len(output) == captured.run.shape[0]:
+        for logits in _of_tokens(captured):
+            for function in _OF_LOGITS:
+                equal = (function(logits) == output[:, None, None]).any(-1)
+                if (equal.sum(-1) == 1).all():
+                    return equal.to(captured.run.layers[0].dtype)
     return None
 
 
-def _start_with(read: Tensor, run: EncoderRecord) -> tuple[Tensor, Tensor | None]:
-    """As :func:`start_of`, for weights: of one token each, rows of one token do."""
-    if (read == 1).any(-1).all():
-        return start_of(read.argmax(-1), run)
-    return read, None
+def _of_tokens(captured: Captured[Any]) -> Iterator[Tensor]:
+    """What linear maps made of all tokens, the last one's first."""
+    for logits in reversed(captured.head.token_logits):
+        if tuple(logits.shape[:2]) == captured.run.shape:
+            yield logits
+
+
+# Heads that take vectors
 
 
 def _read_as_vectors(captured: Captured[Any]) -> Tensor | None:
     """The tokens, and means of tokens, that the head takes as vectors.
 
     Several, be it in one concatenated vector or by heads that are averaged, count the
-    same. What the encoder's own pooler reads counts where nothing else reads.
+    same. What comes out of the encoder's own pooler is what that reads.
 
     Returns:
         *Tensor* of shape (batch, tokens), weights, or *None* where nothing is found.
-
-    Raises:
-        UnsupportedModelError: the head begins with another vector.
     """
-    run, head = captured.run, captured.head
-    hidden = run.output.shape[-1]
-    kinds = _means(run)
+    pooled = _read_by_pooler(captured)
     output = output_tensor(captured.output).detach()
     outputs = [output] if output.ndim == 2 else []
-    for vectors in ([*head.vectors, *outputs], head.pooled):
-        found: list[Tensor] = []
-        for vector in vectors:
-            if len(vector) != run.shape[0] or vector.shape[1] % hidden:
-                continue
-            parts = [
-                _share_of(part, run, kinds)
-                for part in torch.split(vector, hidden, dim=1)
-            ]
-            if not any(part is None for part in parts):
-                found += [
-                    part
-                    for part in parts
-                    if part is not None and not any(torch.equal(part, f) for f in found)
-                ]
-        if found:
-            return torch.stack(found).mean(0)
-        if vectors is not head.pooled and _begins_otherwise(captured):
-            raise _not_found(captured)
+    known = [] if pooled is None else [(v, pooled) for v in captured.head.pooled]
+    return _read_by([*captured.head.vectors, *outputs], captured, known)
+
+
+def _read_by_pooler(captured: Captured[Any]) -> Tensor | None:
+    """What the encoder's own pooler reads, None where it has none."""
+    pooled = captured.head.pooled
+    read = _read_by(pooled, captured, [])
+    if read is None and pooled and captured.encoder.architecture.reads == "mean":
+        # Pooling by attention over all tokens, which has no weights of its own here.
+        return start_of("mean", captured.run)[0]
+    return read
+
+
+def _read_by(
+    vectors: list[Tensor], captured: Captured[Any], known: list[tuple[Tensor, Tensor]]
+) -> Tensor | None:
+    """The mean of what the vectors, (batch, n) each, are made of.
+
+    Some are known: pairs of a vector and its weights, (batch, tokens).
+    """
+    hidden = captured.run.output.shape[-1]
+    found: list[Tensor] = []
+    for vector in vectors:
+        if len(vector) != captured.run.shape[0]:
+            continue
+        shares = [_share_of(vector, captured, known)]
+        if vector.shape[1] % hidden == 0:
+            parts = torch.split(vector, hidden, dim=1)
+            shares = [_share_of(part, captured, known) for part in parts]
+            if not found and any(share is None for share in shares):
+                # The head begins with another vector, such as the tokens' maximum.
+                return None
+        read = [share for share in shares if share is not None]
+        if len(read) == len(shares):
+            found += [r for r in read if not any(torch.equal(r, f) for f in found)]
+    return torch.stack(found).mean(0) if found else None
+
+
+def _share_of(
+    vector: Tensor, captured: Captured[Any], known: list[tuple[Tensor, Tensor]]
+) -> Tensor | None:
+    """The weights, (batch, tokens), by which a vector, (batch, n), is made."""
+    for other, weights in known:
+        if torch.equal(vector, other):
+            return weights
+    # What is made of all tokens says nothing of one where these are mixed.
+    made = [] if captured.head.mixers else _of_tokens(captured)
+    for states in (captured.run.output.detach(), *made):
+        share = _read_of(vector, states, captured.run)
+        if share is not None:
+            return share
     return None
 
 
-def _begins_otherwise(captured: Captured[Any]) -> bool:
-    """Whether the head begins with a vector like a token, such as their maximum.
+# What a vector is of the tokens' vectors
 
-    The output of the encoder's own pooler is none.
+
+def _read_of(vector: Tensor, states: Tensor, run: EncoderRecord) -> Tensor | None:
+    """The weights with which a vector is a token's, or a mean of them.
+
+    Args:
+        vector (Tensor): (batch, n).
+        states (Tensor): (batch, tokens, n).
+        run (EncoderRecord): which tokens are attended, and which are patches.
+
+    Returns:
+        *Tensor* of shape (batch, tokens), or *None* unless all are of one kind.
     """
-    head, hidden = captured.head, captured.run.output.shape[-1]
-    begin = next((v for v in head.vectors if v.shape[1] == hidden), None)
-    return begin is not None and not any(torch.equal(begin, p) for p in head.pooled)
+    if vector.shape != (len(states), states.shape[-1]):
+        return None
+    dtype = run.layers[0].dtype
+    token = _row_of(vector, states, run.attended)
+    if token is not None:
+        return nn.functional.one_hot(token, run.shape[1]).to(dtype)
+    for kind in _pooled_together(run):
+        share = kind.to(dtype) / kind.sum(-1, keepdim=True)
+        if _is_mean(vector, states, share):
+            return share
+    return None
 
 
-def _not_found(captured: Captured[Any]) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"which token the head of {type(captured.encoder.root).__name__} reads could "
-        "not be found (it takes no vector that is a token of the last layer, or the "
-        "mean of the attended ones): pass token_index, an int, a LongTensor (batch,) "
-        'or "mean".'
-    )
-
-
-def _means(run: EncoderRecord) -> list[tuple[Tensor, Tensor]]:
-    """Of all tokens, and of an image's patches: weights (batch, tokens), and means."""
+def _pooled_together(run: EncoderRecord) -> list[Tensor]:
+    """Of what heads take means: all tokens, and an image's patches, (batch, tokens)."""
     kinds = [run.attended]
     if run.grid is not None:
         patches = run.grid.rows * run.grid.columns
         position = torch.arange(run.shape[1], device=run.attended.device)
         kinds.append(run.attended & (position >= run.shape[1] - patches))
-    dtype = run.layers[0].dtype
-    last = run.output.detach().to(dtype)
-    shares = [kind.to(dtype) / kind.sum(-1, keepdim=True) for kind in kinds]
-    return [(share, (share[:, None] @ last)[:, 0]) for share in shares]
+    return kinds
 
 
-def _share_of(
-    vector: Tensor, run: EncoderRecord, means: list[tuple[Tensor, Tensor]]
-) -> Tensor | None:
-    """The weights, (batch, tokens), by which a vector, (batch, hidden), is made."""
-    last, dtype = run.output.detach(), run.layers[0].dtype
-    token = _row_of(vector, last, run.attended)
-    if token is not None:
-        return nn.functional.one_hot(token, run.shape[1]).to(dtype)
-    for share, mean in means:
-        deviation = (vector.to(dtype) - mean).abs().max()
-        if deviation <= tolerance(vector.dtype, last.dtype) * mean.abs().max():
-            return share
-    return None
+def _is_mean(vector: Tensor, states: Tensor, share: Tensor) -> bool:
+    """Whether a vector is the mean with these weights, but for rounding.
+
+    In each dimension two roundings of the mean itself, and those of a sum in float32:
+    in half precision a limit for all dimensions would take any vector for the mean.
+    """
+    working = states.to(share.dtype)
+    mean = (share[:, None] @ working)[:, 0]
+    sizes = (share[:, None] @ working.abs())[:, 0]
+    coarsest = max(torch.finfo(t.dtype).eps for t in (vector, states))
+    finest = min(coarsest, torch.finfo(torch.float32).eps)
+    limit = 4 * coarsest * mean.abs() + 32 * finest * sizes
+    return bool(((vector.to(share.dtype) - mean).abs() <= limit).all())
 
 
 def _row_of(vectors: Tensor, rows: Tensor, attended: Tensor) -> Tensor | None:
@@ -227,8 +316,6 @@ def _row_of(vectors: Tensor, rows: Tensor, attended: Tensor) -> Tensor | None:
 
     Of several equal rows, that of a token which is no padding.
     """
-    if vectors.shape[-1] != rows.shape[-1] or len(vectors) != len(rows):
-        return None
     equal = (rows == vectors[:, None]).all(-1)
     if not equal.any(-1).all():
         return None
