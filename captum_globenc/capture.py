@@ -40,6 +40,18 @@ _LOCK = threading.RLock()
 Output = TypeVar("Output")
 
 
+class Vector(NamedTuple):
+    """A vector of each example that a module took or returned.
+
+    Args:
+        values (Tensor): (batch, n).
+        is_taken (bool): whether it went in.
+    """
+
+    values: Tensor
+    is_taken: bool
+
+
 @dataclass(frozen=True)
 class Head:
     """What was seen of the head, by which the token that it reads is found.
@@ -47,16 +59,16 @@ class Head:
     Args:
         token_logits (list[Tensor]): (batch, tokens, n), what maps and norms make of all
             tokens.
-        vectors (list[Tensor]): (batch, n), what goes into or comes out of modules, and
-            what the encoder returns instead of tokens.
-        pooled (list[Tensor]): likewise, of modules that belong to the encoder.
+        vectors (list[Vector]): what goes into or comes out of modules, and what the
+            encoder returns instead of tokens.
+        pooled (list[Vector]): likewise, of modules that belong to the encoder.
         mixers (list[str]): what ran that mixes tokens, so that its output per token is
             of all of them.
     """
 
     token_logits: list[Tensor] = field(default_factory=list)
-    vectors: list[Tensor] = field(default_factory=list)
-    pooled: list[Tensor] = field(default_factory=list)
+    vectors: list[Vector] = field(default_factory=list)
+    pooled: list[Vector] = field(default_factory=list)
     mixers: list[str] = field(default_factory=list)
 
 
@@ -156,15 +168,17 @@ def _watched_head(recorder: Recorder) -> Iterator[Head]:
         if isinstance(module, _MIXERS) and not own:
             head.mixers.append(type(module).__name__)
         returned = list(_tensors(output))
-        (head.pooled if own else head.vectors).extend(
-            value.detach()
-            for value in (*_tensors(args), *returned)
+        seen = [
+            Vector(value.detach(), is_taken)
+            for values, is_taken in ((_tensors(args), True), (returned, False))
+            for value in values
             if value.ndim == 2 and value.is_floating_point()
-        )
+        ]
+        (head.pooled if own else head.vectors).extend(seen)
         assert recorder.encoder is not None
         # A model whose head is inside of what was registered returns no tokens.
         if module is recorder.encoder.module and all(v.ndim == 2 for v in returned):
-            head.vectors.extend(value.detach() for value in returned)
+            head.vectors.extend(vector for vector in seen if not vector.is_taken)
 
     with ExitStack() as undo:
         undo.callback(register_module_forward_pre_hook(enter).remove)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from captum_globenc.explanation import Explanation
+    from captum_globenc.support import Report
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -307,10 +308,20 @@ def models(
         _show(table)
         return
     _mute_transformers()
+    fine = True
     try:
-        report = support.check_model(_load_encoder(check))
+        for encoder in _load_encoders(check):
+            fine = _show_check(support.check_model(encoder)) and fine
     except GlobEncError as error:
         _fail(str(error))
+    if not fine:
+        raise typer.Exit(1)
+
+
+def _show_check(report: Report) -> bool:
+    """Print a report; return whether all layers are rebuilt."""
+    from rich.table import Table
+
     table = Table("Layer", "Part rebuilt least well", "Off by", "Allowed")
     for layer, fit in report.layers.items():
         table.add_row(layer, fit.part, f"{fit.deviation:.1e}", f"{fit.limit:.0e}")
@@ -321,21 +332,36 @@ def models(
         f"{report.family}: {all_of}{len(report.layers)} layers are rebuilt, in "
         f"{report.seconds:.2f} s."
     )
-    if good < len(report.layers):
-        raise typer.Exit(1)
+    return good == len(report.layers)
 
 
-def _load_encoder(name: str) -> PreTrainedModel:
-    """The model of this name without a head; of an encoder-decoder, the encoder."""
-    from transformers import AutoModel
+def _load_encoders(name: str) -> list[PreTrainedModel]:
+    """The model of this name; an encoder-decoder's encoder; the towers of CLIP."""
+    import transformers
 
     with _loading(name) as source:
-        model = AutoModel.from_pretrained(
-            name, dtype="float32", adapter_kwargs=source, **_SAFE, **source
+        config = transformers.AutoConfig.from_pretrained(name, **_SAFE, **source)
+        # As it was saved, where that is known: some have no class without a head.
+        saved = next(iter(config.architectures or []), "")
+        kind = getattr(transformers, saved, None)
+        model, report = (kind or transformers.AutoModel).from_pretrained(
+            name,
+            dtype="float32",
+            output_loading_info=True,
+            adapter_kwargs=source,
+            **({} if kind else _SAFE),
+            **source,
         )
-    if model.config.is_encoder_decoder:
+    if missing := sorted(report["missing_keys"]):
+        raise InputError(
+            f"model {name!r} lacks weights: {', '.join(missing[:3])}"
+            f"{', ...' if len(missing) > 3 else ''}."
+        )
+    if config.is_encoder_decoder:
         model = model.get_encoder()
-    return model.eval()
+    towers = [getattr(model, part, None) for part in ("text_model", "vision_model")]
+    found = [tower for tower in towers if tower is not None]
+    return [part.eval() for part in (found if len(found) > 1 else [model])]
 
 
 def _names(given: str | None) -> list[str]:

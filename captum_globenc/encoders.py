@@ -48,14 +48,22 @@ def find_encoder(root: nn.Module) -> Encoder | None:
             "expected: pass the one to explain as encoder=."
         )
     for name, module, family, architecture in found.values():
-        if Version(transformers.__version__) < Version(family.since):
-            raise UnsupportedModelError(
-                f"{family.title} needs transformers {family.since} or newer, whose "
-                "attention for it can be recorded, and transformers "
-                f"{transformers.__version__} is installed."
-            )
+        if _is_too_old_for(family):
+            raise _too_old(family)
         return Resolver(name, module, family, architecture).encoder(root)
     return None
+
+
+def _is_too_old_for(family: Family) -> bool:
+    return Version(transformers.__version__) < Version(family.since)
+
+
+def _too_old(family: Family) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{family.title} needs transformers {family.since} or newer, whose attention "
+        f"for it can be recorded, and transformers {transformers.__version__} is "
+        "installed."
+    )
 
 
 def _match(module: nn.Module) -> tuple[Family, Architecture] | None:
@@ -81,6 +89,8 @@ def unsupported(root: nn.Module) -> UnsupportedModelError:
         dict.fromkeys(t for m in root.modules() if (t := model_type(m)) is not None)
     )
     known = [family for t in types if (family := family_of(t)) is not None]
+    if known and _is_too_old_for(known[0]):
+        return _too_old(known[0])
     if known:
         path = known[0].layouts[0].layers
         return UnsupportedModelError(

@@ -73,8 +73,15 @@ class Listener(Protocol):
     has_begun: bool
     """Whether the first layer has begun."""
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether a layer is about to attend."""
+
     def attend(self, call: Attended) -> None:
         """Hear what went in, and what came out."""
+
+    def overhear(self) -> None:
+        """Hear that something else attended."""
 
 
 class Active(threading.local):
@@ -96,8 +103,11 @@ def listening() -> Iterator[None]:
 
     def heard(*args: Any, **kwargs: Any) -> Tensor:
         context: Tensor = original(*args, **kwargs)
-        if ACTIVE.listener is not None:
-            ACTIVE.listener.attend(_call(context, *args, **kwargs))
+        listener = ACTIVE.listener
+        if listener is not None and listener.is_waiting:
+            listener.attend(_call(context, *args, **kwargs))
+        elif listener is not None:
+            listener.overhear()
         return context
 
     fused = torch.backends.mha.get_fastpath_enabled()

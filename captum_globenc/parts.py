@@ -52,7 +52,8 @@ def linear_map(module: nn.Module) -> tuple[Tensor, Tensor | None]:
         return weight, None if bias is None else bias.detach()  # type: ignore[operator]
     unit = torch.eye(_size(module)).to(_like(module))
     with torch.no_grad():
-        at_zero = _apply(module, torch.zeros_like(unit[0]))
+        # One row: quantised maps take no single vector.
+        at_zero = _apply(module, torch.zeros_like(unit[:1]))[0]
         return (_apply(module, unit) - at_zero).T, at_zero
 
 
@@ -64,7 +65,7 @@ def image_of_fixed_vector(module: nn.Module) -> Tensor:
     if weight is not None:
         return weight @ direction.to(weight)
     with torch.no_grad():
-        return _apply(module, direction.to(_like(module)))
+        return _apply(module, direction.to(_like(module))[None])[0]
 
 
 def _matrix(module: nn.Module) -> Tensor | None:

@@ -13,7 +13,11 @@ from torch import Tensor, nn
 
 from captum_globenc.architectures import supported_model_types
 from captum_globenc.encoders import Encoder, LayerModules, refusals
-from captum_globenc.errors import NonFiniteActivationError, UnsupportedModelError
+from captum_globenc.errors import (
+    InputError,
+    NonFiniteActivationError,
+    UnsupportedModelError,
+)
 from captum_globenc.inputs import check_inputs
 from captum_globenc.interface import (
     Attended,
@@ -59,6 +63,7 @@ class Recorder:
         self._draft: _Draft | None = None
         self._layers: list[LayerRecord] = []
         self._attended: Tensor | None = None
+        self._mask: Tensor | None = None
         self._projections: list[LayerProjections] = []
         self._output: Tensor | None = None
         self._final: tuple[Tensor, Tensor] | None = None
@@ -195,6 +200,12 @@ class Recorder:
             tensors = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
             hidden = kwargs.get("hidden_states", next(tensors, None))
             assert isinstance(hidden, Tensor)
+            if hidden.ndim != 3:
+                raise InputError(
+                    f"layer {modules.name!r} is given hidden states of shape "
+                    f"{tuple(hidden.shape)}, and three dimensions are expected, batch, "
+                    "tokens and hidden: of one example, pass a batch of one."
+                )
             self._begin(modules, self._batch_first(hidden))
 
         def end(_: nn.Module, args: Any, output: Any) -> None:
@@ -277,24 +288,50 @@ class Recorder:
         self.has_begun = True
         self._draft = _Draft(name, modules, hidden)
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether a layer's attention is running."""
+        return self._draft is not None and self._draft.attends
+
+    def overhear(self) -> None:
+        """Note attention that runs after the layers."""
+        if self.is_past_layers:
+            self.attended_later.append("attention")
+
     def attend(self, call: Attended) -> None:
-        """Keep a call of scaled dot-product attention, if a layer attends by it."""
+        """Keep a layer's call of scaled dot-product attention."""
         draft = self._draft
-        if draft is None or not draft.attends:
-            if self.is_past_layers:
-                self.attended_later.append("attention")
-            return
-        if draft.call is not None or call.query.ndim != 4:
+        assert draft is not None
+        batch, tokens = draft.hidden.shape[:2]
+        shapes = [tuple(t.shape) for t in (call.query, call.key, call.value)]
+        fits = all(
+            len(shape) == 4 and (shape[0], shape[2]) == (batch, tokens)
+            for shape in shapes
+        )
+        if draft.call is not None or not fits:
             raise UnsupportedModelError(
                 f"layer {draft.name!r}: its attention must call scaled dot-product "
-                "attention once, with queries (batch, heads, tokens, head size); got "
-                f"shape {tuple(call.query.shape)}"
-                f"{'' if draft.call is None else ', for the second time'}."
+                "attention once, with queries, keys and values (batch, heads, tokens, "
+                f"head size) of the layer's {batch} by {tokens} tokens; got shapes "
+                f"{shapes}{'' if draft.call is None else ', for the second time'}."
             )
         draft.call = call
+        self._check_mask(draft.name, call)
+
+    def _check_mask(self, layer: str, call: Attended) -> None:
+        """Every layer must see the same tokens: what is padding is padding to all."""
+        if self._attended is not None and call.mask is self._mask:
+            return
+        attended = attended_tokens(call.mask, call.query)
         if self._attended is None:
-            self._attended = attended_tokens(call.mask, call.query)
-            check_attended(self._attended)
+            check_attended(attended)
+            self._attended = attended
+        elif not torch.equal(attended, self._attended):
+            raise UnsupportedModelError(
+                f"layer {layer!r} attends to other tokens than the layers below: its "
+                "mask hides some that theirs show, or shows some that theirs hide."
+            )
+        self._mask = call.mask
 
     def _end(self, output: Tensor) -> None:
         draft, self._draft = self._draft, None
@@ -325,6 +362,15 @@ class Recorder:
         pre_norm = self.encoder.architecture.is_pre_norm
         wanted = PRE_NORM_STEPS if pre_norm else POST_NORM_STEPS
         steps = {step: draft.steps[step] for step in wanted}
+        for step, vectors in {**steps, "output": output}.items():
+            if vectors.shape != draft.hidden.shape:
+                raise UnsupportedModelError(
+                    f"layer {draft.name!r}: its {step.replace('.', ' ')} has shape "
+                    f"{tuple(vectors.shape)}, and the layer's input "
+                    f"{tuple(draft.hidden.shape)}: look at the paths and at "
+                    "batch_first in its description, see "
+                    "captum_globenc.register_architecture."
+                )
         weights = self._weights.get(modules.name, modules.parts)
         dtype = weights.probe.dtype
         context = call.context.detach().transpose(1, 2)

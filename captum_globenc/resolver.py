@@ -93,20 +93,35 @@ def submodule(module: nn.Module, path: str) -> nn.Module | None:
     """The part at a path, None where there is none; "" is the module itself.
 
     Not ``get_submodule``: wrappers such as PEFT's pretend to have the parts of what
-    they wrap.
+    they wrap. Wrappers that change nothing are looked through.
     """
-    found: nn.Module | None = module
+    found: nn.Module | None = unwrapped(module)
     for name in path.split(".") if path else []:
-        found = None if found is None else found._modules.get(name)
+        part = None if found is None else found._modules.get(name)
+        found = None if part is None else unwrapped(part)
     return found
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """What runs inside a compiled module, or one of which PEFT trains a copy."""
+    parts = module._modules
+    compiled, original = parts.get("_orig_mod"), parts.get("original_module")
+    copies = parts.get("modules_to_save")
+    if compiled is not None:
+        return unwrapped(compiled)
+    if original is not None and copies is not None:
+        active = [] if module.disable_adapters else list(module.active_adapters)  # type: ignore[arg-type]
+        chosen = [copies._modules.get(name) for name in active]
+        return next((copy for copy in chosen if copy is not None), original)
+    return module
 
 
 def layers_of(module: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
     """The layers and their names; a ``*`` in the path is each part of a list."""
-    owners = [("", module)]
+    owners = [("", unwrapped(module))]
     for name in path.split(".") if path else []:
         owners = [
-            (f"{owner_name}.{found_name}".lstrip("."), found)
+            (f"{owner_name}.{found_name}".lstrip("."), unwrapped(found))
             for owner_name, owner in owners
             for found_name, found in owner._modules.items()
             if found is not None and name in (found_name, "*")
@@ -118,7 +133,8 @@ def layers_of(module: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
         (f"{owner_name}.{name}".lstrip("."), layer)
         for owner_name, owner in owners
         if isinstance(owner, lists)
-        for name, layer in owner.named_children()
+        for name, wrapped in owner.named_children()
+        for layer in [unwrapped(wrapped)]
         # A stack may have other parts in between.
         if path or isinstance(layer, nn.TransformerEncoderLayer)
     ]

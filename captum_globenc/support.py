@@ -125,7 +125,7 @@ def check_model(model: PreTrainedModel) -> Report:
     encoder = find_encoder(model)
     if encoder is None:
         raise unsupported(model)
-    inputs = _random_inputs(model, images=encoder.patches is not None)
+    inputs = _random_inputs(model, encoder.patches is not None, encoder.max_tokens)
     with observing() as layers:
         start = time.perf_counter()
         GlobEnc(model).decompose(inputs)
@@ -133,8 +133,8 @@ def check_model(model: PreTrainedModel) -> Report:
     return Report(encoder.family.title, layers, seconds)
 
 
-def _random_inputs(model: PreTrainedModel, images: bool) -> Tensor:
-    """Two examples, the same on every run."""
+def _random_inputs(model: PreTrainedModel, images: bool, most: int | None) -> Tensor:
+    """Two examples, of at most so many tokens, the same on every run."""
     generator = torch.Generator().manual_seed(0)
     config = model.config
     if images:
@@ -144,4 +144,5 @@ def _random_inputs(model: PreTrainedModel, images: bool) -> Tensor:
         return torch.randn(shape, generator=generator).to(model.dtype)
     # Not the special tokens at the start of a vocabulary.
     first = min(10, config.vocab_size // 2)
-    return torch.randint(first, config.vocab_size, (2, 16), generator=generator)
+    tokens = 16 if most is None else min(16, most)
+    return torch.randint(first, config.vocab_size, (2, tokens), generator=generator)

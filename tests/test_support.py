@@ -248,7 +248,7 @@ def test_check_lists_the_layers_that_are_not_rebuilt(monkeypatch) -> None:
     model = build("bert", torch.float32)
     changed = model.bert.encoder.layer[1].output
     changed.register_forward_hook(lambda _, args, output: output + args[1])
-    monkeypatch.setattr("captum_globenc.cli._load_encoder", lambda name: model)
+    monkeypatch.setattr("captum_globenc.cli._load_encoders", lambda name: [model])
     checked = run("--check", "broken")
     assert checked.exit_code == 1
     assert "2 of 3 layers are rebuilt" in checked.output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -40,6 +41,26 @@ def as_tensors(inputs: object) -> tuple[Tensor, ...]:
     if len(set(sizes)) > 1:
         raise InputError(f"inputs have different batch sizes: {sizes}.")
     return tensors
+
+
+def check_positions(model: nn.Module, arguments: tuple[Any, ...]) -> None:
+    """Raise where a mask takes the place of another argument of the model.
+
+    In most models of transformers the second argument is the mask, in some it is not,
+    and they would fail with an error that nobody understands.
+    """
+    names = list(inspect.signature(model.forward).parameters)
+    for name, value in zip(names, arguments):
+        wrong = (name == "past_key_values" and isinstance(value, Tensor)) or (
+            name == "bbox" and isinstance(value, Tensor) and value.ndim == 2
+        )
+        if wrong:
+            raise InputError(
+                f"argument {names.index(name) + 1} of {type(model).__name__} is {name} "
+                f"and not the attention mask, and a tensor of shape "
+                f"{tuple(value.shape)} is given: pass forward_func as lambda ids, "
+                "mask: model(ids, attention_mask=mask)."
+            )
 
 
 def check_target(target: Any, batch: int) -> None:

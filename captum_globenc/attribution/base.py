@@ -13,6 +13,7 @@ from captum_globenc._captum import TargetType, select_targets
 from captum_globenc.aggregation import Scaled, sweep
 from captum_globenc.attribution.arguments import (
     TokenIndex,
+    check_positions,
     check_seen,
     output_tensor,
     start_of,
@@ -70,6 +71,8 @@ class EncoderAttribution(Attribution):
         self, tensors: tuple[Tensor, ...], arguments: tuple[Any, ...]
     ) -> Captured[Any]:
         """Call the model once, recording its encoder."""
+        if isinstance(self.forward_func, nn.Module):
+            check_positions(self.forward_func, (*tensors, *arguments))
         captured = record(
             lambda: self.forward_func(*tensors, *arguments),
             self._find_encoder(),

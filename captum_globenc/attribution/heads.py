@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from captum_globenc._captum import TargetType
 from captum_globenc.attribution.arguments import output_tensor, start_of
-from captum_globenc.capture import Captured
+from captum_globenc.capture import Captured, Vector
 from captum_globenc.errors import InputError, UnsupportedModelError
 from captum_globenc.records import EncoderRecord
 
@@ -203,8 +203,8 @@ def _read_as_vectors(captured: Captured[Any]) -> Tensor | None:
     """
     pooled = _read_by_pooler(captured)
     output = output_tensor(captured.output).detach()
-    outputs = [output] if output.ndim == 2 else []
-    known = [] if pooled is None else [(v, pooled) for v in captured.head.pooled]
+    outputs = [Vector(output, is_taken=False)] if output.ndim == 2 else []
+    known = [(v.values, pooled) for v in captured.head.pooled if pooled is not None]
     return _read_by([*captured.head.vectors, *outputs], captured, known)
 
 
@@ -219,22 +219,22 @@ def _read_by_pooler(captured: Captured[Any]) -> Tensor | None:
 
 
 def _read_by(
-    vectors: list[Tensor], captured: Captured[Any], known: list[tuple[Tensor, Tensor]]
+    vectors: list[Vector], captured: Captured[Any], known: list[tuple[Tensor, Tensor]]
 ) -> Tensor | None:
-    """The mean of what the vectors, (batch, n) each, are made of.
+    """The mean of what the vectors are made of.
 
     Some are known: pairs of a vector and its weights, (batch, tokens).
     """
     hidden = captured.run.output.shape[-1]
     found: list[Tensor] = []
-    for vector in vectors:
+    for vector, is_taken in vectors:
         if len(vector) != captured.run.shape[0]:
             continue
         shares = [_share_of(vector, captured, known)]
         if vector.shape[1] % hidden == 0:
             parts = torch.split(vector, hidden, dim=1)
             shares = [_share_of(part, captured, known) for part in parts]
-            if not found and any(share is None for share in shares):
+            if is_taken and not found and any(s is None for s in shares):
                 # The head begins with another vector, such as the tokens' maximum.
                 return None
         read = [share for share in shares if share is not None]
