@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from captum_globenc.aggregation import Decomposition
@@ -246,7 +246,7 @@ def _check_vocabulary(ids: Tensor, model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """No dropout inside; every module's mode is put back."""
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from captum_globenc.attribution.globenc import GlobEnc
 from captum_globenc.encoders import find_encoder, unsupported
+from captum_globenc.explanation import evaluating
 from captum_globenc.families import FAMILIES, REFUSED
+from captum_globenc.isolation import isolation
 from captum_globenc.layouts import Family
 from captum_globenc.reconstruction import Fit, observing
 
@@ -107,7 +109,8 @@ class Report:
 
     Args:
         family (str): the title of the model's family.
-        layers (dict[str, Fit]): layer → its part that is rebuilt least well.
+        layers (dict[str, Fit]): layer → its part that is rebuilt least well, or how
+            much its tokens change with others that they do not attend to.
         seconds (float): how long one decomposition took.
     """
 
@@ -116,8 +119,16 @@ class Report:
     seconds: float
 
 
-def check_model(model: PreTrainedModel) -> Report:
-    """Decompose random ids, or random images, and compare each layer with its parts.
+def check_model(model: nn.Module, *inputs: Tensor) -> Report:
+    """Decompose inputs and compare each layer with its parts.
+
+    Besides what every run checks, this sees whether tokens meet in attention only: a
+    model that mixes them elsewhere, as by a convolution, has no such decomposition.
+
+    Args:
+        model (nn.Module): holds one supported encoder.
+        *inputs (Tensor): what the model is called with. Default: random ids, or random
+            images, of a model of transformers.
 
     Raises:
         GlobEncError: the model cannot be decomposed.
@@ -125,11 +136,17 @@ def check_model(model: PreTrainedModel) -> Report:
     encoder = find_encoder(model)
     if encoder is None:
         raise unsupported(model)
-    inputs = _random_inputs(model, encoder.patches is not None, encoder.max_tokens)
+    if not inputs:
+        images = encoder.patches is not None
+        inputs = (_random_inputs(model, images, encoder.max_tokens),)
     with observing() as layers:
         start = time.perf_counter()
         GlobEnc(model).decompose(inputs)
         seconds = time.perf_counter() - start
+    with evaluating(model):
+        for name, fit in isolation(lambda: model(*inputs), encoder).items():
+            if not fit.is_good:
+                layers[name] = fit
     return Report(encoder.family.title, layers, seconds)
 
 

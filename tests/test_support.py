@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import transformers as t
+from packaging.version import Version
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from captum_globenc import (
     Architecture,
     GlobEnc,
+    InputError,
     ReconstructionError,
     UnsupportedModelError,
     architectures,
@@ -304,3 +307,93 @@ def test_a_model_that_changes_under_us(family: str, change: str) -> None:
     ids, mask = padded([sentence(6), sentence(4)])
     with pytest.raises((ReconstructionError, UnsupportedModelError)):
         GlobEnc(model).attribute(ids, 1, mask)
+
+
+def test_check_takes_models_as_they_were_saved(tmp_path: Path) -> None:
+    small = {"num_layers": 2, "d_model": 24, "d_kv": 6, "d_ff": 36, "num_heads": 4}
+    t.T5EncoderModel(t.T5Config(vocab_size=97, **small)).save_pretrained(tmp_path)
+    if "relative bias" in FAMILIES["t5"].positions and not too_old("t5"):
+        assert "T5, encoder: all 2 layers" in run("--check", str(tmp_path)).output
+    towers = {k: v for k, v in SMALL.items() if k not in ("vocab_size", "num_labels")}
+    config = t.CLIPConfig(
+        text_config={**SMALL, "max_position_embeddings": 8},
+        vision_config={**towers, "image_size": 12, "patch_size": 4},
+    )
+    t.CLIPModel(config).save_pretrained(tmp_path)
+    checked = run("--check", str(tmp_path)).output
+    assert "CLIP, text: all 2 layers" in checked
+    assert "CLIP, vision: all 2 layers" in checked
+
+
+def test_check_of_a_model_that_lacks_weights(tmp_path: Path) -> None:
+    model = t.BertForSequenceClassification(t.BertConfig(**SMALL))
+    weights = model.state_dict()
+    name = "bert.encoder.layer.0.attention.output.dense.weight"
+    del weights[name]
+    model.save_pretrained(tmp_path, state_dict=weights)
+    checked = run("--check", str(tmp_path))
+    assert checked.exit_code == 2
+    assert f"lacks weights: {name}" in checked.output
+
+
+def too_old(family: str) -> bool:
+    return Version(t.__version__) < Version(FAMILIES[family].since)
+
+
+def test_every_layer_sees_the_same_tokens() -> None:
+    model = build("bert")
+    ids, mask = padded([sentence(6), sentence(4)])
+    layer = model.bert.encoder.layer[1]
+    inner = layer.forward
+    layer.forward = lambda states, *args, **kwargs: inner(states)
+    with pytest.raises(UnsupportedModelError, match="attends to other tokens than"):
+        GlobEnc(model).attribute(ids, 1, mask)
+
+
+def test_a_wrong_path_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(architectures, "_TABLE", dict(architectures._TABLE))
+    model, ids = own(), sentence(6)[None]
+    register_architecture(OwnEncoder, replace(OWN, feed_forward="mlp.0"))
+    with pytest.raises(UnsupportedModelError, match="feed_forward output has shape"):
+        GlobEnc(model).attribute(ids, 1)
+    register_architecture(OwnEncoder, replace(OWN, batch_first=False))
+    with pytest.raises(UnsupportedModelError, match="6 by 1 tokens"):
+        GlobEnc(model).attribute(ids, 1)
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_tokens_of_every_family_meet_in_attention_only(family: str) -> None:
+    model = build(family)
+    report = support.check_model(model, torch.stack([sentence(7), sentence(7)]))
+    assert all(fit.is_good for fit in report.layers.values())
+    assert not left_behind(model)
+
+
+@pytest.mark.parametrize("where", ["first", "second", "attend"])
+def test_tokens_that_meet_elsewhere(monkeypatch, where: str) -> None:
+    """In front of attention, in the feed-forward part, in the order of the values."""
+    monkeypatch.setattr(architectures, "_TABLE", dict(architectures._TABLE))
+    register_architecture(OwnEncoder, OWN)
+    model, ids = own(), torch.stack([sentence(6), sentence(6, seed=1)])
+    assert all(fit.is_good for fit in support.check_model(model, ids).layers.values())
+    for step in model.steps:
+        if where == "attend":
+            step.attend = functools.partial(mixed, step.attend)
+        else:
+            part = getattr(step, where)
+            part.forward = functools.partial(mixed, part.forward)
+    report = support.check_model(model, ids)
+    assert not any(fit.is_good for fit in report.layers.values())
+    assert "its tokens" in next(iter(report.layers.values())).part
+
+
+def mixed(function, states: Tensor) -> Tensor:
+    return function(states + states.roll(1, dims=1))
+
+
+def test_one_example_without_a_batch() -> None:
+    layer = nn.TransformerEncoderLayer(24, 4, 36, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2).eval()
+    states = torch.randn(5, 24)
+    with pytest.raises(InputError, match="pass a batch of one"):
+        GlobEnc(encoder).attribute(states, token_index=0)

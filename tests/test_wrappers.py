@@ -104,6 +104,48 @@ def test_gradient_checkpointing(family: str, reentrant: bool) -> None:
     assert left_behind(model) == own
 
 
+@pytest.mark.parametrize(
+    "part", ["bert.encoder", "bert.encoder.layer.1", "bert.encoder.layer.1.attention"]
+)
+@pytest.mark.usefixtures("no_compiled_code")
+def test_compiled_parts(part: str) -> None:
+    expected = scores_of(build("bert"))
+    model = build("bert")
+    compiled = torch.compile(model.get_submodule(part), backend="eager")
+    model.set_submodule(part, compiled)
+    torch.testing.assert_close(scores_of(model), expected, **EXACT)
+
+
+def test_adapters_on_norms_and_embeddings() -> None:
+    """PEFT trains copies of whole modules; the one that is active counts."""
+    config = peft.LoraConfig(
+        task_type="SEQ_CLS",
+        target_modules=["query", "word_embeddings"],
+        modules_to_save=["LayerNorm"],
+    )
+    model = peft.get_peft_model(build("bert"), config).double().eval()
+    expected = scores_of(build("bert"))
+    torch.testing.assert_close(scores_of(model), expected, **CLOSE)
+    changed = build("bert")
+    for name, parameter in changed.named_parameters():
+        if "encoder" in name and "LayerNorm" in name:
+            parameter.data.mul_(1.5)
+    for name, parameter in model.named_parameters():
+        if "encoder" in name and "modules_to_save" in name:
+            parameter.data.mul_(1.5)
+    torch.testing.assert_close(scores_of(model), scores_of(changed), **CLOSE)
+    with model.disable_adapter():
+        torch.testing.assert_close(scores_of(model), expected, **CLOSE)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated")
+def test_maps_quantised_to_half_precision() -> None:
+    model = build("bert", torch.float32)
+    expected = scores_of(model)
+    small = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, torch.float16)
+    torch.testing.assert_close(scores_of(small), expected, rtol=1e-2, atol=1e-4)
+
+
 def adapted(family: str, targets: list[str]) -> peft.PeftModel:
     torch.manual_seed(4)
     config = peft.LoraConfig(
