@@ -102,8 +102,8 @@ class Decomposition:
     """The local scores of every layer, and what follows from them.
 
     Args:
-        local (Tensor): (batch, layers, receivers, sources), bottom layer first. Rows
-            and columns of padding are 0.
+        local (Tensor): (batch, layers, receivers, sources), bottom layer first, in
+            float32 or float64. Rows and columns of padding are 0.
         attended (Tensor): (batch, tokens), False at padding.
         name (str): which local score.
     """
@@ -120,7 +120,8 @@ class Decomposition:
                 all layers.
 
         Returns:
-            *Tensor* of shape (batch, receivers, sources). Numbers of an example too
+            *Tensor* of shape (batch, receivers, sources), of the dtype of ``local``.
+            Numbers of an example too
             large or small for the dtype are scaled together, which keeps their ratios.
 
         Raises:

@@ -8,8 +8,8 @@ and W, 2021 (arXiv:2109.07152) for N_RES and N_RES_LN, Modarressi et al. 2022
 residuals.
 
 No vector of the hidden size is made per pair of tokens. In every norm-based score the
-vector is :math:`c_i M (a_{ij} + \delta_{ij} x_i)` with one linear map M for all tokens,
-so off the diagonal
+vector is :math:`c_i M (a_{ij} + \delta_{ij} x_i)` with one linear map M for all tokens
+(in N without :math:`\delta_{ij} x_i`), so off the diagonal
 
 .. math::
     n_{ij}^2 = c_i^2 \sum_{h,h'} \alpha^h_{ij} \alpha^{h'}_{ij} G_j[h,h'], \qquad

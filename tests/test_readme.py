@@ -9,6 +9,7 @@ block right after one is what it prints. Of the commands in ``sh`` blocks, those
 from __future__ import annotations
 
 import configparser
+import json
 import os
 import re
 import shlex
@@ -149,6 +150,32 @@ def test_links(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s#]+)", page.read_text(encoding="utf-8")):
         if "://" not in target and "{" not in target:
             assert (page.parent / target).exists(), target
+
+
+def test_cost_table() -> None:
+    """The README's figures are those of the benchmark's file."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    report = json.loads((ROOT / "benchmarks" / "cost.json").read_text("utf-8"))
+    ratios = {
+        (run["batch"], run["tokens"], name): figures["median_ratio_to_forward"]
+        for run in report["results"]
+        for name, figures in run["methods"].items()
+    }
+    rows = re.findall(
+        r"^\| \**(.+?)\** \| \**([\d.]+)\** \| \**([\d.]+)\** \|$", readme, re.M
+    )
+    assert len(rows) == 4
+    for title, *figures in rows:
+        name = title.removeprefix("Captum's ")
+        for batch, figure in zip((1, 8), figures, strict=True):
+            digits = len(figure.partition(".")[2])
+            assert float(figure) == round(ratios[batch, 128, name], digits)
+    said = re.search(
+        r"Single texts of 32 and of 512\s+tokens cost ([\d.]+) and ([\d.]+)", readme
+    )
+    assert said is not None
+    for tokens, figure in zip((32, 512), said.groups()):
+        assert float(figure) == round(ratios[1, tokens, "GlobEnc"], 2)
 
 
 def test_citation() -> None:

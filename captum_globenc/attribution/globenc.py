@@ -40,9 +40,11 @@ class GlobEnc(EncoderAttribution):
     Attribution by Incorporating the Whole Encoder Layer in Transformers*, NAACL 2022,
     https://arxiv.org/abs/2205.03286
 
-    The scores say how much of each input token reaches the representation that the
-    head reads. They do not depend on the class: ``target`` is validated as Captum does
-    and used only to find the token that a token-level head reads.
+    With :math:`n^l_{ij}` the local score of layer :math:`l`, the scores are row
+    :math:`i^*` of :math:`n^L \cdots n^1`, where :math:`i^*` is the token that the head
+    reads: they say how much of each input token reaches the representation there. They
+    do not depend on the class: ``target`` is validated as Captum does and used only to
+    find the token that a token-level head reads.
 
     The encoder is explained in evaluation mode (no dropout), whatever mode the model is
     in, and the model is left as it was found: mode, gradients, hooks and attention
@@ -106,8 +108,11 @@ class GlobEnc(EncoderAttribution):
             token_index (int, Tensor, "mean", optional): the token of the last layer to
                 explain: one position for all examples, a LongTensor (batch), for
                 multiple choice (batch × choices), or the mean over all tokens. Default:
-                the token that the head reads, which is the one in ``target`` for an
-                output per token, and otherwise the first attended token ([CLS]).
+                what the head is seen to read: the token in ``target`` for an output per
+                token, the token whose vector or logits it takes, the mean of all or of
+                an image's patches, or several of these, which count the same. An output
+                per token without a target is explained for the token that heads of the
+                family read.
             internal_batch_size (int, optional): run at most so many examples at once.
                 Default: all.
 
@@ -125,7 +130,8 @@ class GlobEnc(EncoderAttribution):
 
         Raises:
             InputError: inputs, mask or token_index that cannot be attributed.
-            UnsupportedModelError: no supported encoder.
+            UnsupportedModelError: no supported encoder, or a head that reads something
+                else than tokens of the last layer and their means.
             ReconstructionError: the recorded parts do not rebuild a layer.
             NonFiniteActivationError: NaN or infinity in a layer.
         """
@@ -167,7 +173,14 @@ class GlobEnc(EncoderAttribution):
 
         Returns:
             *Decomposition* with ``local`` of shape (batch, layers, receivers, sources)
-            and ``rollout(stop=None)``, (batch, receivers, sources).
+            and ``rollout(stop=None)``, (batch, receivers, sources), in float64 where
+            the model computes in it, else in float32.
+
+        Raises:
+            InputError: inputs or mask that cannot be decomposed.
+            UnsupportedModelError: no supported encoder.
+            ReconstructionError: the recorded parts do not rebuild a layer.
+            NonFiniteActivationError: NaN or infinity in a layer.
         """
         tensors = as_tensors(inputs)
         arguments = format_additional_forward_args(additional_forward_args) or ()
