@@ -173,7 +173,9 @@ def copy_tutorials(_: Sphinx) -> None:
     for notebook in (HERE / "tutorials").glob("*.ipynb"):
         notebook.unlink()
     for notebook in (ROOT / "tutorials").glob("*.ipynb"):
-        shutil.copy(notebook, HERE / "tutorials")
+        # From here, the pages that they link to are nearer.
+        text = notebook.read_text(encoding="utf-8").replace("](../docs/", "](../")
+        (HERE / "tutorials" / notebook.name).write_text(text, encoding="utf-8")
 
 
 def set_lists_apart(
