@@ -27,6 +27,7 @@ from sphinx.writers.html5 import HTML5Translator
 import captum_globenc
 from captum_globenc import support
 from captum_globenc.cli import app
+from captum_globenc.methods import METHODS
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -145,6 +146,12 @@ def command_line() -> str:
     return "\n\n".join(page)
 
 
+def methods_table() -> str:
+    """The methods by their names as Markdown, for reference/methods.md."""
+    rows = [f"| `{name}` | {method.reduction} |" for name, method in METHODS.items()]
+    return "\n".join(["| name | scores |", "|---|---|", *rows])
+
+
 def tutorials() -> str:
     """The table of contents of the notebooks that are there, for tutorials/index.md."""
     found = sorted(path.stem for path in (ROOT / "tutorials").glob("*.ipynb"))
@@ -158,6 +165,7 @@ def tutorials() -> str:
 MADE = {
     "support": support_table,
     "reference/command-line": command_line,
+    "reference/methods": methods_table,
     "tutorials/index": tutorials,
 }
 
@@ -173,7 +181,9 @@ def copy_tutorials(_: Sphinx) -> None:
     for notebook in (HERE / "tutorials").glob("*.ipynb"):
         notebook.unlink()
     for notebook in (ROOT / "tutorials").glob("*.ipynb"):
-        shutil.copy(notebook, HERE / "tutorials")
+        # From here, the pages that they link to are nearer.
+        text = notebook.read_text(encoding="utf-8").replace("](../docs/", "](../")
+        (HERE / "tutorials" / notebook.name).write_text(text, encoding="utf-8")
 
 
 def set_lists_apart(
@@ -193,6 +203,7 @@ def write_math(translator: HTML5Translator, node: nodes.Element) -> NoReturn:
     """A formula as MathML, which browsers draw without script or font."""
     displayed = isinstance(node, nodes.math_block)
     formula = _mathml.convert_with_local_state(node.astext(), displaystyle=displayed)
+    formula = formula.replace("<mo>\N{PRIME}<", '<mo class="prime">\N{PRIME}<')
     if displayed:
         formula = f'<div class="formula">{formula}</div>\n'
     translator.body.append(formula)

@@ -55,7 +55,7 @@ def test_kept_without_outputs(path: Path) -> None:
     for cell in notebook["cells"]:
         assert re.fullmatch("[a-zA-Z0-9_-]{1,64}", cell["id"])
         # No times of a run, no state of an editor.
-        assert set(cell["metadata"]) <= {"tags"}
+        assert set(cell["metadata"]) <= {"tags", "mystnb"}
         if cell["cell_type"] == "code":
             assert cell["outputs"] == []
             assert cell["execution_count"] is None
@@ -90,9 +90,18 @@ def test_needs_nothing_from_elsewhere(path: Path) -> None:
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
 def test_links(path: Path) -> None:
-    """Links lead to pages from where the site has the notebooks."""
+    """Relative links exist for readers of the repository, and on the site."""
     text = "\n".join(sources(read(path), "markdown"))
     for target in re.findall(r"\]\(([^)\s#]+)", text):
         if "://" not in target:
-            home = FOLDER if target.endswith(".ipynb") else ROOT / "docs" / "tutorials"
-            assert (home / target).is_file(), target
+            assert (FOLDER / target).is_file(), target
+            # What the site has: other notebooks, and what docs/conf.py finds in docs/.
+            assert re.fullmatch(r"\w+\.ipynb|\.\./docs/.+\.md", target), target
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_pictures_are_described(path: Path) -> None:
+    for cell in read(path)["cells"]:
+        if "plt.subplots" in "".join(cell["source"]):
+            alt = cell["metadata"]["mystnb"]["image"]["alt"]
+            assert len(alt.split()) >= 10, cell["id"]
