@@ -49,7 +49,7 @@ def textbook_layer(layer: LayerRecord) -> Tensor:
     vectors = (alpha[..., None] * transformed[:, None]).sum(0)
     vectors[torch.arange(tokens), torch.arange(tokens)] += layer.hidden[0]
     scale = (layer.scales[0] * layer.scales[1])[0, :, None, None]
-    return (through_norms(vectors, weights.gammas) / scale).norm(dim=-1)
+    return (through_norms(vectors, weights.norms) / scale).norm(dim=-1)
 
 
 @torch.no_grad()
@@ -138,6 +138,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--tokens", type=int, nargs="+", default=[128])
+    parser.add_argument(
+        "--single-tokens",
+        type=int,
+        nargs="*",
+        default=[32, 512],
+        help="lengths of single texts, without the slow methods",
+    )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument(
         "--slow-rounds", type=int, default=3, help="0 leaves the slow methods out"
@@ -147,10 +154,14 @@ def main() -> None:
 
     torch.manual_seed(0)
     model = BertForSequenceClassification(BertConfig()).eval()
-    results = [
-        measure(model, batch, tokens, options.rounds, options.slow_rounds)
+    shapes = [
+        (batch, tokens, options.slow_rounds)
         for tokens in options.tokens
         for batch in options.batch
+    ] + [(1, tokens, 0) for tokens in options.single_tokens]
+    results = [
+        measure(model, batch, tokens, options.rounds, slow_rounds)
+        for batch, tokens, slow_rounds in shapes
     ]
     report = {
         "model": "BERT-base size, random weights, float32",
