@@ -158,7 +158,9 @@ def _random_inputs(model: PreTrainedModel, images: bool, most: int | None) -> Te
         size, channels = config.image_size, getattr(config, "num_channels", 3)
         height, width = (size, size) if isinstance(size, int) else size
         shape = (2, channels, height, width)
-        return torch.randn(shape, generator=generator).to(model.dtype)
+        return torch.randn(shape, generator=generator).to(
+            next(model.parameters()).dtype
+        )
     # Not the special tokens at the start of a vocabulary.
     first = min(10, config.vocab_size // 2)
     tokens = 16 if most is None else min(16, most)

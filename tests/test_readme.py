@@ -128,9 +128,11 @@ def test_command(page: str, command: str, tmp_path: Path) -> None:
     elif [program, *arguments[:1]] == ["pip", "install"]:
         settings = configparser.ConfigParser()
         settings.read(ROOT / "setup.cfg")
-        assert arguments[-1].startswith((".", "captum_globenc"))
-        for extra in re.findall(r"\[(.*)\]", arguments[-1]):
+        (ours,) = [a for a in arguments if a.startswith((".", "captum_globenc"))]
+        for extra in re.findall(r"\[(.*)\]", ours):
             assert set(extra.split(",")) <= set(settings["options.extras_require"])
+    elif program == "jupyter":
+        assert list((ROOT / arguments[-1]).glob("*.ipynb"))
     elif program == "python":
         assert arguments == ["-m", "pytest"] or (ROOT / arguments[0]).is_file()
     else:

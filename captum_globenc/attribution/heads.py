@@ -227,8 +227,14 @@ def _read_by(
     """
     hidden = captured.run.output.shape[-1]
     found: list[Tensor] = []
+    # What is handed on, and not seen to be taken, counts where nothing else does.
+    handed_on: list[Tensor] = []
     for vector, is_taken in vectors:
         if len(vector) != captured.run.shape[0]:
+            continue
+        weights = [w for other, w in known if torch.equal(vector, other)]
+        if weights and not is_taken:
+            handed_on = weights[:1]
             continue
         shares = [_share_of(vector, captured, known)]
         if vector.shape[1] % hidden == 0:
@@ -240,7 +246,8 @@ def _read_by(
         read = [share for share in shares if share is not None]
         if len(read) == len(shares):
             found += [r for r in read if not any(torch.equal(r, f) for f in found)]
-    return torch.stack(found).mean(0) if found else None
+    read_by = found or handed_on
+    return torch.stack(read_by).mean(0) if read_by else None
 
 
 def _share_of(
