@@ -110,10 +110,18 @@ def listening() -> Iterator[None]:
             listener.overhear()
         return context
 
+    with attending_by(heard):
+        yield
+
+
+@contextmanager
+def attending_by(function: Callable[..., Tensor]) -> Iterator[None]:
+    """Let this function take the place of torch's scaled dot-product attention."""
+    original = functional.scaled_dot_product_attention
     fused = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        functional.scaled_dot_product_attention = heard
+        functional.scaled_dot_product_attention = function
         yield
     finally:
         functional.scaled_dot_product_attention = original

@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from captum_globenc.encoders import Encoder
-from captum_globenc.interface import switched
+from captum_globenc.interface import attending_by, switched
 from captum_globenc.reconstruction import Fit, tolerance
 
 _PART = "its tokens without those that they attend to"
@@ -87,17 +86,9 @@ def _outputs(
 @contextmanager
 def _alone(modules: list[nn.Module]) -> Iterator[None]:
     """Every token attends to itself alone."""
-    original = functional.scaled_dot_product_attention
 
     def alone(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
         return value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
 
-    fused = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        functional.scaled_dot_product_attention = alone
-        with switched(modules):
-            yield
-    finally:
-        functional.scaled_dot_product_attention = original
-        torch.backends.mha.set_fastpath_enabled(fused)
+    with attending_by(alone), switched(modules):
+        yield
