@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import torch
@@ -167,18 +168,16 @@ def _read_as_logits(output: Tensor, captured: Captured[Any]) -> Tensor | None:
     output = output.detach()
     if captured.head.mixers:
         return None
-    if output.ndim == 2:
-        for logits in _of_tokens(captured):
-            for function in _OF_LOGITS:
-                read = _read_of(output, function(logits), captured.run)
-                if read is not None:
-                    return read
-    if output.ndim == 1 and len(output) == captured.run.shape[0]:
-        for logits in _of_tokens(captured):
-            for function in _OF_LOGITS:
-                equal = (function(logits) == output[:, None, None]).any(-1)
-                if (equal.sum(-1) == 1).all():
-                    return equal.to(captured.run.layers[0].dtype)
+    single = output.ndim == 1 and len(output) == captured.run.shape[0]
+    for made, function in product(_of_tokens(captured), _OF_LOGITS):
+        if output.ndim == 2:
+            read = _read_of(output, function(made), captured.run)
+            if read is not None:
+                return read
+        elif single:
+            equal = (function(made) == output[:, None, None]).any(-1)
+            if (equal.sum(-1) == 1).all():
+                return equal.to(captured.run.layers[0].dtype)
     return None
 
 
