@@ -30,26 +30,25 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import BertConfig, BertForSequenceClassification
 
-from captum_globenc import GlobEnc
-from captum_globenc.capture import record
-from captum_globenc.encoders import find_encoder
-from captum_globenc.records import LayerRecord
-from captum_globenc.weights import WeightCache, through_norms
+from captum_globenc import GlobEnc, record
+from captum_globenc.encoders.weights import through_norms
+from captum_globenc.recording.records import LayerRecord
 
 STEPS = 50
 
 
 def textbook_layer(layer: LayerRecord) -> Tensor:
     """n_ij of one example from (heads, T, T, hidden) numbers, as the formulas say."""
-    tokens, heads = layer.hidden.shape[1], layer.query.shape[1]
+    tokens, heads = layer.hidden.shape[1], layer.heads
     weights = layer.weights
     per_head = weights.output.view(weights.output.shape[0], heads, -1)
-    transformed = torch.einsum("dhe,hje->hjd", per_head, layer.value[0])
+    transformed = torch.einsum("dhe,hje->hjd", per_head, layer.call.value[0])
     alpha = layer.attention(slice(0, tokens))[0]
     vectors = (alpha[..., None] * transformed[:, None]).sum(0)
     vectors[torch.arange(tokens), torch.arange(tokens)] += layer.hidden[0]
-    scale = (layer.scales[0] * layer.scales[1])[0, :, None, None]
-    return (through_norms(vectors, weights.norms) / scale).norm(dim=-1)
+    deviation = torch.stack(list(layer.deviations.values())).prod(0)
+    deviation = deviation[0, :, None, None]
+    return (through_norms(vectors, weights.norms.values()) / deviation).norm(dim=-1)
 
 
 @torch.no_grad()
@@ -57,11 +56,7 @@ def textbook(model: BertForSequenceClassification, ids: Tensor) -> Tensor:
     """GlobEnc as the formulas stand, one example at a time, (batch, tokens)."""
     rows = []
     for example in ids:
-        run = record(
-            lambda example=example: model(example[None]),
-            find_encoder(model),
-            WeightCache(),
-        ).run
+        run = record(model, example[None])
         rollout = textbook_layer(run.layers[0])
         for layer in run.layers[1:]:
             rollout = textbook_layer(layer) @ rollout

@@ -13,13 +13,15 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from captum_globenc import demo
-    from captum_globenc.aggregation import Decomposition
-    from captum_globenc.architectures import (
+    from captum_globenc.attribution.globenc import GlobEnc
+    from captum_globenc.attribution.layer_globenc import LayerGlobEnc
+    from captum_globenc.contributions.norm_scores import LOCAL_SCORES
+    from captum_globenc.contributions.rollout import Decomposition
+    from captum_globenc.encoders.architecture import Architecture
+    from captum_globenc.encoders.registry import (
         register_architecture,
         supported_model_types,
     )
-    from captum_globenc.attribution.globenc import GlobEnc
-    from captum_globenc.attribution.layer_globenc import LayerGlobEnc
     from captum_globenc.errors import (
         GlobEncError,
         InputError,
@@ -27,28 +29,30 @@ if TYPE_CHECKING:
         ReconstructionError,
         UnsupportedModelError,
     )
-    from captum_globenc.layouts import Architecture
-    from captum_globenc.local import LOCAL_SCORES
+    from captum_globenc.recording.run import EncoderRun, record
 
 _HOMES = {
-    "Architecture": "layouts",
-    "Decomposition": "aggregation",
+    "Architecture": "encoders.architecture",
+    "Decomposition": "contributions.rollout",
+    "EncoderRun": "recording.run",
     "GlobEnc": "attribution.globenc",
     "GlobEncError": "errors",
     "InputError": "errors",
-    "LOCAL_SCORES": "local",
+    "LOCAL_SCORES": "contributions.norm_scores",
     "LayerGlobEnc": "attribution.layer_globenc",
     "NonFiniteActivationError": "errors",
     "ReconstructionError": "errors",
     "UnsupportedModelError": "errors",
-    "register_architecture": "architectures",
-    "supported_model_types": "architectures",
+    "record": "recording.run",
+    "register_architecture": "encoders.registry",
+    "supported_model_types": "encoders.registry",
 }
 
 __all__ = [
     "LOCAL_SCORES",
     "Architecture",
     "Decomposition",
+    "EncoderRun",
     "GlobEnc",
     "GlobEncError",
     "InputError",
@@ -57,6 +61,7 @@ __all__ = [
     "ReconstructionError",
     "UnsupportedModelError",
     "demo",
+    "record",
     "register_architecture",
     "supported_model_types",
 ]

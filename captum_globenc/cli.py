@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from captum_globenc.explanation import Explanation
+    from captum_globenc.comparison.explanation import Explanation
     from captum_globenc.support import Report
 
 app = typer.Typer(
@@ -137,7 +137,7 @@ def explain(
     ] = False,
 ) -> None:
     """Show which tokens of TEXT matter to a classifier, by several methods."""
-    from captum_globenc.explanation import explain as explain_text
+    from captum_globenc.comparison.explanation import explain as explain_text
 
     _mute_transformers()
     if html is not None:
@@ -326,7 +326,7 @@ def _show_check(report: Report) -> bool:
     for layer, fit in report.layers.items():
         table.add_row(layer, fit.part, f"{fit.deviation:.1e}", f"{fit.limit:.0e}")
     _show(table)
-    good = sum(fit.is_good for fit in report.layers.values())
+    good = sum(fit.is_within_tolerance for fit in report.layers.values())
     all_of = "all " if good == len(report.layers) else f"{good} of "
     typer.echo(
         f"{report.family}: {all_of}{len(report.layers)} layers are rebuilt, in "

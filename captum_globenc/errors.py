@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+Value = TypeVar("Value")
+
 
 class GlobEncError(Exception):
     """The base of every error that this package raises by itself."""
@@ -42,3 +48,34 @@ class ReconstructionError(GlobEncError, RuntimeError):
 
 class NonFiniteActivationError(GlobEncError, ArithmeticError):
     """NaN or infinity in a layer's activations."""
+
+
+def did_you_mean(name: object, known: list[str]) -> str:
+    """A sentence with the nearest known name, in any case; "" for none."""
+    folded = {other.casefold(): other for other in known}
+    near = difflib.get_close_matches(str(name).casefold(), folded, n=1)
+    return f" Did you mean {folded[near[0]]!r}?" if near else ""
+
+
+def named(known: Mapping[str, Value], name: str, kind: str) -> Value:
+    """The value of this name.
+
+    Args:
+        known (Mapping): name → value.
+        name (str): which.
+        kind (str): what it is, for the error.
+
+    Raises:
+        InputError: there is none.
+    """
+    if name in known:
+        return known[name]
+    raise InputError(
+        f"unknown {kind} {name!r}; known: {', '.join(known)}."
+        f"{did_you_mean(name, list(known))}"
+    )
+
+
+def is_whole(value: Any) -> bool:
+    """Whether it is an int, and not a bool."""
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -8,20 +8,28 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from captum_globenc.attribution.globenc import GlobEnc
-from captum_globenc.encoders import find_encoder, unsupported
-from captum_globenc.explanation import evaluating
-from captum_globenc.families import FAMILIES, REFUSED
-from captum_globenc.isolation import isolation
-from captum_globenc.layouts import Family
-from captum_globenc.reconstruction import Fit, observing
+from captum_globenc.contributions.norm_scores import LOCAL_SCORES
+from captum_globenc.contributions.rollout import decompose
+from captum_globenc.encoders.architecture import Family
+from captum_globenc.encoders.discovery import find_encoder, unsupported
+from captum_globenc.encoders.families import FAMILIES, REFUSED
+from captum_globenc.encoders.resolver import Encoder
+from captum_globenc.encoders.weights import WeightCache
+from captum_globenc.errors import InputError
+from captum_globenc.recording.evaluation_mode import evaluating
+from captum_globenc.recording.isolation import front_isolation, isolation
+from captum_globenc.recording.run import observe
+from captum_globenc.recording.verification import Fit
 
 #: The newest transformers that the tests ran with.
 NEWEST_TESTED = "5.23.0"
 # How attention knows of positions → what its scores need beyond the paper.
-_EXTENSIONS = {"rotary": "rotary positions", "relative bias": "relative bias"}
+_EXTENSIONS = {
+    "rotary": "rotary positions",
+    "relative bias": "relative bias",
+    "disentangled": "disentangled attention",
+}
 
 
 class Row(NamedTuple):
@@ -45,7 +53,7 @@ def rows() -> list[Row]:
 def _row(name: str, family: Family) -> Row:
     placements = {layout.is_pre_norm for layout in family.layouts}
     placed = " or ".join("pre-LN" if pre else "post-LN" for pre in sorted(placements))
-    scaled = any(layout.attention_scale for layout in family.layouts)
+    scaled = any(layout.attention_layer_scale for layout in family.layouts)
     extensions = [
         *(["pre-LN layers"] if True in placements else []),
         *(["RMSNorm"] if family.rms_norm else []),
@@ -122,13 +130,16 @@ class Report:
 def check_model(model: nn.Module, *inputs: Tensor) -> Report:
     """Decompose inputs and compare each layer with its parts.
 
-    Besides what every run checks, this sees whether tokens meet in attention only: a
-    model that mixes them elsewhere, as by a convolution, has no such decomposition.
+    Besides what every run checks, this sees whether tokens and examples meet in
+    attention only, and whether values are made of the layer's own tokens.
 
     Args:
         model (nn.Module): holds one supported encoder.
         *inputs (Tensor): what the model is called with. Default: random ids, or random
             images, of a model of transformers.
+
+    Returns:
+        *Report*.
 
     Raises:
         GlobEncError: the model cannot be decomposed.
@@ -137,24 +148,31 @@ def check_model(model: nn.Module, *inputs: Tensor) -> Report:
     if encoder is None:
         raise unsupported(model)
     if not inputs:
-        images = encoder.patches is not None
-        inputs = (_random_inputs(model, images, encoder.max_tokens),)
-    with observing() as layers:
-        start = time.perf_counter()
-        GlobEnc(model).decompose(inputs)
-        seconds = time.perf_counter() - start
+        inputs = (_random_inputs(model, encoder),)
+    start = time.perf_counter()
+    run = observe(model, inputs[:1], inputs[1:], encoder, WeightCache(), False)
+    with torch.no_grad():
+        decompose(run, LOCAL_SCORES["N_ENC"])
+    seconds = time.perf_counter() - start
+    worst: dict[str, Fit] = {}
     with evaluating(model):
-        for name, fit in isolation(lambda: model(*inputs), encoder).items():
-            if not fit.is_good:
-                layers[name] = fit
-    return Report(encoder.family.title, layers, seconds)
+        for fit in (*run.fits, *isolation(run), *front_isolation(model, run)):
+            known = worst.setdefault(fit.layer, fit)
+            if fit.deviation / fit.limit > known.deviation / known.limit:
+                worst[fit.layer] = fit
+    return Report(encoder.family.title, worst, seconds)
 
 
-def _random_inputs(model: PreTrainedModel, images: bool, most: int | None) -> Tensor:
+def _random_inputs(model: nn.Module, encoder: Encoder) -> Tensor:
     """Two examples, of at most so many tokens, the same on every run."""
     generator = torch.Generator().manual_seed(0)
-    config = model.config
-    if images:
+    config = getattr(model, "config", None)
+    if config is None:
+        raise InputError(
+            f"{type(model).__name__} has no config of transformers from which inputs "
+            "could be made: pass the tensors that it is called with."
+        )
+    if encoder.patches is not None:
         size, channels = config.image_size, getattr(config, "num_channels", 3)
         height, width = (size, size) if isinstance(size, int) else size
         shape = (2, channels, height, width)
@@ -163,5 +181,5 @@ def _random_inputs(model: PreTrainedModel, images: bool, most: int | None) -> Te
         )
     # Not the special tokens at the start of a vocabulary.
     first = min(10, config.vocab_size // 2)
-    tokens = 16 if most is None else min(16, most)
+    tokens = min(16, encoder.max_tokens or 16)
     return torch.randint(first, config.vocab_size, (2, tokens), generator=generator)

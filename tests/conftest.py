@@ -6,12 +6,19 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from jaxtyping import install_import_hook
 from torch import nn
 from torch.nn.modules import module as module_hooks
 
+# Shapes that annotations name are checked wherever these modules run in the tests.
+install_import_hook(
+    ["captum_globenc.recording.records", "captum_globenc.contributions"],
+    "beartype.beartype",
+)
 _GLOBAL_HOOKS = (
     "_global_forward_hooks",
     "_global_forward_pre_hooks",
+    "_global_forward_hooks_with_kwargs",
     "_global_backward_hooks",
     "_global_backward_pre_hooks",
 )
@@ -35,9 +42,6 @@ def left_behind(model: nn.Module) -> list[str]:
     traces = [name for name in _GLOBAL_HOOKS if getattr(module_hooks, name)]
     for name, module in model.named_modules():
         traces += [f"{name}.{hooks}" for hooks in _HOOKS if getattr(module, hooks)]
-        config = getattr(module, "config", None)
-        if getattr(config, "_attn_implementation", None) == "captum_globenc":
-            traces.append(f"{name}.config._attn_implementation")
     return traces
 
 

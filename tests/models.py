@@ -96,6 +96,28 @@ class PooledSiglip(nn.Module):
         return self.tower.get_input_embeddings()
 
 
+class FirstOfBart(nn.Module):
+    """The encoder of BART or mBART with a head that reads the first token."""
+
+    def __init__(self, config: t.BartConfig | t.MBartConfig) -> None:
+        super().__init__()
+        self.config = config
+        if config.model_type == "bart":
+            self.encoder = t.models.bart.modeling_bart.BartEncoder(config)
+        else:
+            self.encoder = t.models.mbart.modeling_mbart.MBartEncoder(config)
+        self.head = nn.Linear(config.d_model, config.num_labels)
+
+    def forward(
+        self, ids: Tensor | None = None, attention_mask=None, inputs_embeds=None
+    ) -> SequenceClassifierOutput:
+        states = self.encoder(ids, attention_mask, inputs_embeds=inputs_embeds)[0]
+        return SequenceClassifierOutput(logits=self.head(states[:, 0]))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.encoder.get_input_embeddings()
+
+
 def mask_second(head: type[nn.Module]) -> type[nn.Module]:
     """The same head, whose second argument is the attention mask as others have it."""
 
@@ -145,6 +167,30 @@ def decoder(kind: str, recipe: oracle.Recipe, **options: object) -> Family:
     )
 
 
+def bart_like(kind: str, recipe: oracle.Recipe, **options: object) -> Family:
+    sizes = {
+        f"{side}_{name}": size
+        for side in ("encoder", "decoder")
+        for name, size in (("layers", 3), ("attention_heads", 4), ("ffn_dim", 36))
+    }
+    return Family(
+        lambda: getattr(t, f"{kind}Config")(
+            vocab_size=VOCABULARY,
+            d_model=24,
+            max_position_embeddings=40,
+            pad_token_id=PAD,
+            bos_token_id=BOS,
+            eos_token_id=EOS,
+            num_labels=3,
+            **sizes,
+            **options,
+        ),
+        FirstOfBart,
+        ("encoder",),
+        recipe,
+    )
+
+
 _ALL = {
     "bert": bert_like("Bert", "bert"),
     "roberta": bert_like("Roberta", "roberta"),
@@ -158,6 +204,63 @@ _ALL = {
         bert_like("LayoutLM", "layoutlm"),
         head=mask_second(t.LayoutLMForSequenceClassification),
     ),
+    # Spans shorter than sentences, so that distances are cut off.
+    "deberta": replace(
+        bert_like(
+            "Deberta",
+            "deberta",
+            relative_attention=True,
+            max_relative_positions=4,
+            pos_att_type=["c2p", "p2c"],
+            position_biased_input=False,
+            type_vocab_size=0,
+        ),
+        recipe=oracle.DEBERTA,
+    ),
+    # As DeBERTa-v3 is.
+    "deberta-v2": replace(
+        bert_like(
+            "DebertaV2",
+            "deberta",
+            relative_attention=True,
+            max_relative_positions=8,
+            position_buckets=6,
+            share_att_key=True,
+            norm_rel_ebd="layer_norm",
+            pos_att_type=["p2c", "c2p"],
+            position_biased_input=False,
+            type_vocab_size=0,
+        ),
+        recipe=oracle.DEBERTA_V2,
+    ),
+    "mpnet": replace(bert_like("MPNet", "mpnet"), recipe=oracle.MPNET),
+    "roformer": replace(
+        bert_like("RoFormer", "roformer", embedding_size=16), recipe=oracle.ROFORMER
+    ),
+    # With blocks its attention is no matrix over all tokens.
+    "big_bird": bert_like(
+        "BigBird", "bert", attention_type="original_full", hidden_act="gelu"
+    ),
+    "xlnet": Family(
+        # By default the last token is read, and padding is on the left.
+        lambda: t.XLNetConfig(
+            vocab_size=VOCABULARY,
+            d_model=24,
+            n_layer=3,
+            n_head=4,
+            d_inner=36,
+            summary_type="first",
+            pad_token_id=PAD,
+            bos_token_id=BOS,
+            eos_token_id=EOS,
+            num_labels=3,
+        ),
+        t.XLNetForSequenceClassification,
+        ("transformer",),
+        oracle.XLNET,
+    ),
+    "bart": bart_like("Bart", oracle.BART),
+    "mbart": bart_like("MBart", oracle.MBART, scale_embedding=True),
     "albert": replace(
         bert_like("Albert", "albert", embedding_size=16, hidden_act="gelu"),
         recipe=oracle.ALBERT,
@@ -320,23 +423,54 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
                 module.weight.copy_(draw(module.weight.shape) * 0.3)
                 if module.bias is not None:
                     module.bias.copy_(0.2 * draw(module.bias.shape))
-            elif isinstance(module, nn.Embedding):
+            elif isinstance(module, nn.Embedding) and "Sinusoidal" not in kind:
                 module.weight.copy_(draw(module.weight.shape))
+            elif kind in ("DisentangledSelfAttention", "XLNetRelativeAttention"):
+                for parameter in module.parameters(recurse=False):
+                    parameter.copy_(draw(parameter.shape) * 0.3)
     return model
 
 
 def in_own_dtype(model: nn.Module) -> nn.Module:
-    """Rounding out of the way: RMSNorms and rotations compute in float32 by default.
+    """Rounding out of the way: some norms and rotations compute in float32 by default.
 
     Transformers has them do so whatever the model's dtype is, and a comparison in
     float64 would find that.
     """
     for module in model.modules():
-        if "RMSNorm" in type(module).__name__ or "T5LayerNorm" in type(module).__name__:
+        kind = type(module).__name__
+        if "RMSNorm" in kind or "T5LayerNorm" in kind:
             module.forward = functools.partial(_rms_norm, module)
-        elif "Rotary" in type(module).__name__:
+        elif "Rotary" in kind:
             module.forward = functools.partial(_rotary, module)
+        elif kind == "DebertaLayerNorm":
+            module.forward = functools.partial(_layer_norm, module)
+        elif kind == "RoFormerSinusoidalPositionalEmbedding":
+            positions = torch.arange(len(module.weight)).double()
+            module.weight.data = _waves(positions, module.weight.shape[1])
+        elif kind == "XLNetModel":
+            module.relative_positional_encoding = functools.partial(_relative, module)
     return model
+
+
+def _layer_norm(module: nn.Module, x: Tensor) -> Tensor:
+    return nn.functional.layer_norm(
+        x, x.shape[-1:], module.weight, module.bias, module.variance_epsilon
+    )
+
+
+def _waves(positions: Tensor, size: int) -> Tensor:
+    """Sines and, behind them, cosines, (positions, size)."""
+    frequencies = 10_000 ** (-torch.arange(0, size, 2).double() / size)
+    angles = positions[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], -1)
+
+
+def _relative(
+    module: nn.Module, queries: int, keys: int, bsz: int, **_: torch.device
+) -> Tensor:
+    waves = _waves(torch.arange(keys, -queries, -1).double(), module.d_model)
+    return waves[:, None].expand(-1, bsz, -1).to(module.word_embedding.weight)
 
 
 def _rms_norm(module: nn.Module, x: Tensor) -> Tensor:
@@ -369,6 +503,15 @@ def _turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int =
 
 # ModernBERT also rotates in float32.
 t.models.modernbert.modeling_modernbert.apply_rotary_pos_emb = _turned
+
+
+def _root(query_layer: Tensor, scale_factor: int) -> Tensor:
+    return torch.tensor(query_layer.shape[-1] * scale_factor).double().sqrt()
+
+
+# DeBERTa takes the root that it divides by in float32.
+t.models.deberta.modeling_deberta.scaled_size_sqrt = _root
+t.models.deberta_v2.modeling_deberta_v2.scaled_size_sqrt = _root
 
 
 def build(
@@ -409,7 +552,9 @@ def position_table(family: str) -> nn.Embedding | None:
     tables = [
         module
         for name, module in encoder.named_modules()
-        if name.endswith(("position_embeddings", "position_embedding", "wpe"))
+        if name.endswith(
+            ("position_embeddings", "position_embedding", "wpe", "embed_positions")
+        )
     ]
     return tables[0] if tables else None
 

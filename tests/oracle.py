@@ -12,6 +12,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -48,11 +49,21 @@ class Recipe:
     scale2: str = ""
     causal: bool = False
     scaled: bool = True
+    # Hidden states of the layers are (batch, tokens, hidden), not (tokens, batch, ...).
+    batch_first: bool = True
     # Base of the rotation and reach of the window of a layer, by its number.
     rotary: Callable[[int], float] | None = None
     window: Callable[[int], int | None] = lambda index: None
+    # What turns together: neighbours, or an entry of either half.
+    neighbours: bool = False
     # (encoder, layer, receiver, source, tokens) → (heads), added to the logits.
     bias: Callable[[nn.Module, nn.Module, int, int, int], Tensor] | None = None
+    # (layer, x, heads) → queries, keys and values of each head, where no three linear
+    # maps make them.
+    split: Callable[[nn.Module, Tensor, int], list[list[Tensor]]] | None = None
+    # (encoder, layer, head, query, key, receiver, source) → the logit, where it is not
+    # the scaled product of query and key.
+    logit: Callable[..., Tensor] | None = None
 
 
 BERT_LIKE = Recipe(
@@ -211,22 +222,30 @@ DINOV2_OLD = replace(
 )
 
 
-def t5_bias(encoder: nn.Module, _: nn.Module, i: int, j: int, tokens: int) -> Tensor:
-    """The bias of T5's first layer, which all use: buckets of distances.
+def t5_bucket(i: int, j: int, buckets: int, farthest: int) -> int:
+    """The bucket of the distance of two tokens.
 
     Half of the buckets are for sources behind, half for sources in front; of each half
     one half is exact and the other grows with the logarithm (Raffel et al. 2020).
     """
-    attention = encoder.get_submodule("block.0.layer.0.SelfAttention")
-    half = attention.relative_attention_num_buckets // 2
+    half = buckets // 2
     exact, distance = half // 2, abs(j - i)
     bucket = distance
     if distance >= exact:
-        farthest = attention.relative_attention_max_distance
         growth = math.log(distance / exact) / math.log(farthest / exact)
         bucket = min(exact + int(growth * (half - exact)), half - 1)
-    if j > i:
-        bucket += half
+    return bucket + half if j > i else bucket
+
+
+def t5_bias(encoder: nn.Module, _: nn.Module, i: int, j: int, tokens: int) -> Tensor:
+    """The bias of T5's first layer, which all use."""
+    attention = encoder.get_submodule("block.0.layer.0.SelfAttention")
+    bucket = t5_bucket(
+        i,
+        j,
+        attention.relative_attention_num_buckets,
+        attention.relative_attention_max_distance,
+    )
     return attention.relative_attention_bias.weight[bucket].double()
 
 
@@ -268,6 +287,209 @@ def beit_bias(
 BEIT = replace(VIT, scale1="lambda_1", scale2="lambda_2", bias=beit_bias)
 
 
+def mpnet_bias(encoder: nn.Module, _: nn.Module, i: int, j: int, tokens: int) -> Tensor:
+    """T5's bias in MPNet, which all layers use (Song et al. 2020).
+
+    Released code has 32 buckets up to a distance of 128, whatever the configuration.
+    """
+    table = encoder.get_submodule("encoder.relative_attention_bias")
+    return table.weight[t5_bucket(i, j, 32, 128)].double()
+
+
+MPNET = replace(
+    BERT_LIKE,
+    query="attention.attn.q",
+    key="attention.attn.k",
+    value="attention.attn.v",
+    output="attention.attn.o",
+    norm1="attention.LayerNorm",
+    bias=mpnet_bias,
+)
+# Su et al. 2021: pairs of neighbours turn.
+ROFORMER = replace(BERT_LIKE, rotary=lambda index: 10_000.0, neighbours=True)
+
+
+def disentangled(
+    head: int,
+    query: Tensor,
+    key: Tensor,
+    position: Tensor,
+    to_key: nn.Module | None,
+    to_query: nn.Module | None,
+) -> Tensor:
+    """Disentangled attention (He et al. 2021, DeBERTa, equations 2 and 4).
+
+    Content to content, content to position and position to content, those that there
+    are, over the root of the head size times their number. ``position`` embeds the
+    relative position; two maps make a key and a query of it.
+    """
+    own = slice(head * len(query), (head + 1) * len(query))
+    terms = [query @ key]
+    if to_key is not None:
+        terms.append(query @ linear(position, to_key)[own])
+    if to_query is not None:
+        terms.append(key @ linear(position, to_query)[own])
+    return torch.stack(terms).sum() / math.sqrt(len(query) * len(terms))
+
+
+def deberta_split(layer: nn.Module, x: Tensor, heads: int) -> list[list[Tensor]]:
+    """One map makes query, key and value of a head side by side; keys have no bias."""
+    attention = layer.get_submodule("attention.self")
+    parts = linear(x, attention.in_proj).chunk(3 * heads, -1)
+    query_bias = attention.q_bias.double().chunk(heads)
+    value_bias = attention.v_bias.double().chunk(heads)
+    return [
+        [parts[3 * h] + query_bias[h] for h in range(heads)],
+        [parts[3 * h + 1] for h in range(heads)],
+        [parts[3 * h + 2] + value_bias[h] for h in range(heads)],
+    ]
+
+
+def deberta_logit(
+    encoder: nn.Module,
+    layer: nn.Module,
+    head: int,
+    query: Tensor,
+    key: Tensor,
+    i: int,
+    j: int,
+) -> Tensor:
+    """DeBERTa's: distances beyond a span k count as k (equation 3 of the paper).
+
+    In both terms released code takes δ(i, j), where the paper has δ(j, i) in the last.
+    """
+    attention = layer.get_submodule("attention.self")
+    span = attention.max_relative_positions
+    distance = min(max(i - j, -span), span - 1)
+    position = encoder.encoder.rel_embeddings.weight[distance + span].double()
+    to_key = getattr(attention, "pos_proj", None)
+    to_query = getattr(attention, "pos_q_proj", None)
+    return disentangled(head, query, key, position, to_key, to_query)
+
+
+def log_bucket(distance: int, buckets: int, farthest: int) -> int:
+    """The bucket of a distance: half exact, then by its logarithm, signed.
+
+    As in the released code of DeBERTa-v2, which v3 (He et al. 2023) uses.
+    """
+    half = buckets // 2
+    if abs(distance) <= half:
+        return distance
+    growth = math.log(abs(distance) / half) / math.log((farthest - 1) / half)
+    # Their quotient is 1 at the farthest but for rounding.
+    bucket = half + math.ceil(round(growth * (half - 1), 6))
+    return bucket if distance > 0 else -bucket
+
+
+def deberta_v2_logit(
+    encoder: nn.Module,
+    layer: nn.Module,
+    head: int,
+    query: Tensor,
+    key: Tensor,
+    i: int,
+    j: int,
+) -> Tensor:
+    """DeBERTa-v2's and v3's: buckets of distances, and maps that content may share."""
+    attention = layer.get_submodule("attention.self")
+    span, distance = attention.pos_ebd_size, i - j
+    if attention.position_buckets > 0:
+        farthest = attention.max_relative_positions
+        distance = log_bucket(distance, attention.position_buckets, farthest)
+    distance = min(max(distance, -span), span - 1)
+    position = encoder.encoder.rel_embeddings.weight[distance + span].double()
+    if "layer_norm" in encoder.encoder.norm_rel_ebd:
+        position = norm_of(position[None], encoder.encoder.LayerNorm)[0][0]
+    to_key = getattr(attention, "pos_key_proj", None)
+    to_query = getattr(attention, "pos_query_proj", None)
+    if attention.share_att_key:
+        kinds = attention.pos_att_type
+        to_key = attention.key_proj if "c2p" in kinds else None
+        to_query = attention.query_proj if "p2c" in kinds else None
+    return disentangled(head, query, key, position, to_key, to_query)
+
+
+DEBERTA = replace(
+    BERT_LIKE,
+    query="",
+    key="",
+    value="",
+    split=deberta_split,
+    logit=deberta_logit,
+)
+DEBERTA_V2 = replace(
+    BERT_LIKE,
+    query="attention.self.query_proj",
+    key="attention.self.key_proj",
+    value="attention.self.value_proj",
+    logit=deberta_v2_logit,
+)
+
+
+def xlnet_split(layer: nn.Module, x: Tensor, heads: int) -> list[list[Tensor]]:
+    """Parameters (hidden, heads, size) make queries, keys and values, without bias."""
+    attention = layer.rel_attn
+    return [
+        [x @ weight[:, h].double() for h in range(heads)]
+        for weight in (attention.q, attention.k, attention.v)
+    ]
+
+
+def xlnet_logit(
+    encoder: nn.Module,
+    layer: nn.Module,
+    head: int,
+    query: Tensor,
+    key: Tensor,
+    i: int,
+    j: int,
+) -> Tensor:
+    """Transformer-XL's relative attention (Dai et al. 2019, section 3.3), as in XLNet.
+
+    (q_i + u)ᵀ k_j + (q_i + v)ᵀ W_R r_{i - j}, with r sines and, behind them, cosines.
+    """
+    attention, hidden = layer.rel_attn, encoder.config.d_model
+    angles = [(i - j) / 10_000 ** (2 * n / hidden) for n in range(hidden // 2)]
+    waves = [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+    position = torch.tensor(waves, dtype=torch.float64) @ attention.r[:, head].double()
+    content = (query + attention.r_w_bias[head].double()) @ key
+    relative = (query + attention.r_r_bias[head].double()) @ position
+    return (content + relative) / math.sqrt(len(query))
+
+
+XLNET = Recipe(
+    layers="layer",
+    batch_first=False,
+    value="",
+    split=xlnet_split,
+    logit=xlnet_logit,
+    output="rel_attn.o",
+    norm1="rel_attn.layer_norm",
+    up="ff.layer_1",
+    down="ff.layer_2",
+    norm2="ff.layer_norm",
+)
+BART = Recipe(
+    layers="layers",
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
+    value="self_attn.v_proj",
+    output="self_attn.out_proj",
+    norm1="self_attn_layer_norm",
+    up="fc1",
+    down="fc2",
+    norm2="final_layer_norm",
+)
+MBART = replace(
+    BART,
+    final="layer_norm",
+    before="self_attn_layer_norm",
+    middle="final_layer_norm",
+    norm1="",
+    norm2="",
+)
+
+
 @dataclass
 class Layer:
     """The quantities of one encoder layer, one example.
@@ -293,6 +515,7 @@ def norm_of(x: Tensor, norm: nn.Module) -> tuple[Tensor, tuple[Tensor, Tensor, b
     """LayerNorm or RMSNorm from the definition: output, (weight, denominators, ...)."""
     weight = norm.weight.double()
     centred = isinstance(norm, nn.LayerNorm)
+    centred = centred or type(norm).__name__ == "DebertaLayerNorm"
     mean = x.sum(-1, keepdim=True) / x.shape[-1] if centred else 0
     epsilon = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
     deviation = (((x - mean) ** 2).sum(-1) / x.shape[-1] + epsilon).sqrt()
@@ -302,11 +525,17 @@ def norm_of(x: Tensor, norm: nn.Module) -> tuple[Tensor, tuple[Tensor, Tensor, b
     return output, (weight, deviation, centred)
 
 
-def matrix(module: nn.Module) -> tuple[Tensor, Tensor]:
-    """(weight (out, in), bias) of a Linear, or of GPT-2's transposed one."""
-    weight = module.weight.double()
-    if not isinstance(module, nn.Linear):
-        weight = weight.T
+def matrix(module: nn.Module | nn.Parameter) -> tuple[Tensor, Tensor]:
+    """(weight (out, in), bias) of a Linear, or of GPT-2's transposed one.
+
+    Or of XLNet's output, a parameter (hidden, heads, size).
+    """
+    if isinstance(module, nn.Parameter):
+        weight = module.double().flatten(1)
+    elif isinstance(module, nn.Linear):
+        weight = module.weight.double()
+    else:
+        weight = module.weight.double().T
     bias = getattr(module, "bias", None)
     return weight, torch.zeros(len(weight)).double() if bias is None else bias.double()
 
@@ -316,18 +545,20 @@ def linear(x: Tensor, module: nn.Module) -> Tensor:
     return x @ weight.T + bias
 
 
-def rotate(x: Tensor, base: float) -> Tensor:
-    """Rotary positions: turn (x_k, x_{k + half}) by position × base^(-2k / size)."""
+def rotate(x: Tensor, base: float, neighbours: bool = False) -> Tensor:
+    """Rotary positions: turn (x_k, x_{k + half}) by position × base^(-2k / size).
+
+    Or neighbours, (x_2k, x_{2k + 1}), by the same.
+    """
     tokens, size = x.shape
     result = torch.zeros_like(x)
     for position in range(tokens):
         for k in range(size // 2):
             angle = position * base ** (-2 * k / size)
-            first, second = x[position, k], x[position, k + size // 2]
-            result[position, k] = first * math.cos(angle) - second * math.sin(angle)
-            result[position, k + size // 2] = second * math.cos(
-                angle
-            ) + first * math.sin(angle)
+            one, other = (2 * k, 2 * k + 1) if neighbours else (k, k + size // 2)
+            first, second = x[position, one], x[position, other]
+            result[position, one] = first * math.cos(angle) - second * math.sin(angle)
+            result[position, other] = second * math.cos(angle) + first * math.sin(angle)
     return result
 
 
@@ -342,7 +573,7 @@ class Model:
 
     def part(self, layer: nn.Module, name: str) -> nn.Module | None:
         path = getattr(self.recipe, name)
-        return layer.get_submodule(path) if path else None
+        return attrgetter(path)(layer) if path else None
 
     def scale(self, layer: nn.Module, name: str) -> Tensor | float:
         path = getattr(self.recipe, name)
@@ -354,6 +585,8 @@ class Model:
     def heads_of(self, x: Tensor, layer: nn.Module, index: int) -> list[list[Tensor]]:
         """Queries, keys and values of each head, (tokens, size) each."""
         recipe = self.recipe
+        if recipe.split is not None:
+            return recipe.split(layer, x, self.heads)
         if recipe.fused:
             together = linear(x, self.part(layer, "value"))
             whole = together.chunk(3, -1)
@@ -365,9 +598,14 @@ class Model:
             norm = self.part(layer, name)
             if norm is not None:
                 split[which] = [norm_of(head, norm)[0] for head in split[which]]
-            if recipe.rotary is not None:
-                base = recipe.rotary(index)
-                split[which] = [rotate(head, base) for head in split[which]]
+        if recipe.rotary is not None:
+            base = recipe.rotary(index)
+            # RoFormer may turn its values, too.
+            values = getattr(self.encoder.config, "rotary_value", False)
+            for which in (0, 1, 2) if values else (0, 1):
+                split[which] = [
+                    rotate(head, base, recipe.neighbours) for head in split[which]
+                ]
         # Grouped queries: neighbouring heads share keys and values.
         share = self.heads // self.groups
         return [
@@ -397,6 +635,11 @@ class Model:
             for i in range(tokens):
                 seen = [j for j in range(tokens) if self.sees(i, j, index)]
                 logits = torch.stack([query[h][i] @ key[h][j] * factor for j in seen])
+                if self.recipe.logit is not None:
+                    own = (self.encoder, layer, h, query[h][i])
+                    logits = torch.stack(
+                        [self.recipe.logit(*own, key[h][j], i, j) for j in seen]
+                    )
                 if self.recipe.bias is not None:
                     table = [
                         self.recipe.bias(self.encoder, layer, i, j, tokens)
@@ -522,7 +765,8 @@ def run_encoder(
     hook = bottom.register_forward_pre_hook(keep, with_kwargs=True)
     encoder(**{name: inputs[None]})
     hook.remove()
-    return run_layers(encoder, recipe, seen[0][0].double())
+    x = seen[0][0] if recipe.batch_first else seen[0][:, 0]
+    return run_layers(encoder, recipe, x.double())
 
 
 @torch.no_grad()

@@ -22,9 +22,8 @@ from captum_globenc import (
     GlobEnc,
     InputError,
     LayerGlobEnc,
-    UnsupportedModelError,
 )
-from captum_globenc.encoders import find_encoder
+from captum_globenc.encoders.discovery import find_encoder
 from tests.conftest import left_behind
 from tests.models import FAMILIES, build, encoder_of, padded, sentence
 
@@ -187,7 +186,9 @@ def test_captums_question_answering_tutorial() -> None:
     assert len(inputs) == 3
     for attributions in inputs:
         torch.testing.assert_close(attributions, rollout[:, 2], **EXACT)
-    with pytest.raises(InputError, match="example 1 is that of a padding token"):
+    with pytest.raises(
+        InputError, match=r"reads token \d of example 1, which is padding"
+    ):
         LayerGlobEnc(squad_pos_forward_func, embeddings).attribute(
             IDS, additional_forward_args=(types, positions, MASK, 1)
         )
@@ -324,9 +325,16 @@ def test_question_answering_explains_the_token_of_the_target() -> None:
         GlobEnc(start, encoder=model.bert),
         GlobEnc(model.forward),
         GlobEnc(by_hand),
-        GlobEnc(probabilities),
     ):
         torch.testing.assert_close(method.attribute(IDS, 4, (MASK,)), one, **EXACT)
+    # A probability depends on the logits of all tokens.
+    found = GlobEnc(probabilities).attribute(IDS, 4, (MASK,))
+    states = model.bert(IDS, MASK)[0].detach().requires_grad_()
+    chosen = model.qa_outputs(states)[..., 0].masked_fill(MASK == 0, -torch.inf)
+    (gradient,) = torch.autograd.grad(chosen.softmax(-1)[:, 4].sum(), states)
+    weights = gradient.norm(dim=-1) / gradient.norm(dim=-1).sum(1, keepdim=True)
+    expected = (weights[:, None] @ rollout)[:, 0]
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
     told = GlobEnc(start).attribute(IDS, 1, (MASK,), token_index=4)
     torch.testing.assert_close(told, one, **EXACT)
 
@@ -345,9 +353,16 @@ def test_attention_pooling_with_as_many_classes_as_tokens_is_a_classifier() -> N
 
     model = Pooled()
     rollout = GlobEnc(model).decompose(IDS, (MASK,)).rollout()
-    # It reads no one token, and not that of the target.
-    with pytest.raises(UnsupportedModelError, match="pass token_index"):
+    # It reads all tokens, padding, too.
+    with pytest.raises(InputError, match="which is padding"):
         GlobEnc(model).attribute(IDS, 4, (MASK,))
+    ids, mask = IDS[:1], MASK[:1]
+    states = model.encoder(ids, mask).last_hidden_state.detach().requires_grad_()
+    pooled = (model.weight(states).softmax(1) * states).sum(1)
+    (gradient,) = torch.autograd.grad(model.head(pooled)[0, 4], states)
+    weights = gradient.norm(dim=-1) / gradient.norm(dim=-1).sum()
+    found = GlobEnc(model).attribute(ids, 4, (mask,))
+    torch.testing.assert_close(found, weights @ rollout[0], rtol=1e-9, atol=0)
     found = GlobEnc(model).attribute(IDS, 4, (MASK,), token_index=0)
     torch.testing.assert_close(found, rollout[:, 0], **EXACT)
 

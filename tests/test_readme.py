@@ -22,8 +22,8 @@ import pytest
 import torch
 import typer
 
-from captum_globenc import architectures
 from captum_globenc.cli import app
+from captum_globenc.encoders import registry
 
 pytest.importorskip("pandas")
 
@@ -79,7 +79,7 @@ def test_python(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(architectures, "_TABLE", dict(architectures._TABLE))
+    monkeypatch.setattr(registry, "_TABLE", dict(registry._TABLE))
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "__main__"}
     printed = None

@@ -14,10 +14,9 @@ from captum_globenc import (
     LOCAL_SCORES,
     GlobEnc,
     LayerGlobEnc,
-    UnsupportedModelError,
-    architectures,
     register_architecture,
 )
+from captum_globenc.encoders import registry
 from tests import oracle
 from tests.conftest import left_behind
 from tests.models import padded, randomize, sentence
@@ -292,15 +291,18 @@ def test_layer_globenc_on_an_embedding() -> None:
     torch.testing.assert_close(found.sum(-1), scores, rtol=1e-9, atol=0)
 
 
-def test_a_head_whose_token_is_not_found_must_name_it() -> None:
+def test_a_head_that_takes_the_maximum() -> None:
     model = build()
     model.forward = lambda ids: model.head(  # type: ignore[method-assign]
         model.stack(model.tokens(ids)).max(1).values
     )
-    with pytest.raises(UnsupportedModelError, match=r"pass token_index"):
-        GlobEnc(model).attribute(sentence(5)[None], 1)
-    scores = GlobEnc(model).attribute(sentence(5)[None], 1, token_index="mean")
-    assert scores.shape == (1, 5)
+    ids = sentence(5)[None]
+    states = model.stack(model.tokens(ids)).detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(model.head(states.max(1).values)[0, 1], states)
+    weights = gradient.norm(dim=-1) / gradient.norm(dim=-1).sum()
+    rollout = GlobEnc(model).decompose(ids).rollout()
+    scores = GlobEnc(model).attribute(ids, 1)
+    torch.testing.assert_close(scores, (weights[:, None] @ rollout)[:, 0], **EXACT)
 
 
 class Block(nn.Module):
@@ -370,8 +372,8 @@ TORCHVISION = "torchvision.models.vision_transformer.VisionTransformer"
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     """The row of torchvision's class, for the class here, too."""
-    monkeypatch.setattr(architectures, "_TABLE", dict(architectures._TABLE))
-    described = architectures._TABLE[TORCHVISION].layouts[0]
+    monkeypatch.setattr(registry, "_TABLE", dict(registry._TABLE))
+    described = registry._TABLE[TORCHVISION].layouts[0]
     register_architecture(VisionTransformer, described)
 
 

@@ -17,8 +17,8 @@ from sentence_transformers.sentence_transformer.modules import (
 )
 from torch import Tensor, nn
 
-from captum_globenc import GlobEnc, LayerGlobEnc, UnsupportedModelError, demo
-from captum_globenc.attribution.arguments import output_tensor
+from captum_globenc import GlobEnc, LayerGlobEnc, demo
+from captum_globenc.recording.outputs import output_tensor
 from tests.conftest import left_behind
 from tests.models import FAMILIES, build, encoder_of, padded, sentence
 
@@ -239,7 +239,8 @@ def test_sentence_transformers(pooling: str, tmp_path: Path) -> None:
     assert not scores[mask == 0].any()
 
 
-def test_a_pooling_that_is_no_mean_must_be_named(tmp_path: Path) -> None:
+def test_a_pooling_by_maximum(tmp_path: Path) -> None:
+    """Each token counts by the dimensions in which it is the largest."""
     model = sentence_model("max", tmp_path)
     features = model.tokenize(["A lovely film, full of wit."])
     ids, mask = features["input_ids"], features["attention_mask"]
@@ -247,10 +248,14 @@ def test_a_pooling_that_is_no_mean_must_be_named(tmp_path: Path) -> None:
     def embed(ids: Tensor, mask: Tensor) -> Tensor:
         return model({"input_ids": ids, "attention_mask": mask})["sentence_embedding"]
 
-    with pytest.raises(UnsupportedModelError, match="pass token_index"):
-        GlobEnc(embed).attribute(ids, 0, mask)
-    scores = GlobEnc(embed).attribute(ids, 0, mask, token_index="mean")
-    assert scores.shape == ids.shape
+    states = model[0].auto_model(ids, attention_mask=mask).last_hidden_state
+    states = states.detach().requires_grad_()
+    pooled = nn.functional.normalize(states.max(1).values, dim=-1)
+    (gradient,) = torch.autograd.grad(pooled[0, 0], states)
+    weights = gradient.norm(dim=-1) / gradient.norm(dim=-1).sum()
+    rollout = GlobEnc(model[0].auto_model).decompose(ids, mask).rollout()
+    scores = GlobEnc(embed).attribute(ids, 0, mask)
+    torch.testing.assert_close(scores, (weights[:, None] @ rollout)[:, 0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
+from captum.attr import InterpretableEmbeddingBase
 from torch import Tensor, nn
 
-from captum_globenc.errors import InputError
-from captum_globenc.records import EncoderRecord
+from captum_globenc.errors import InputError, is_whole
+from captum_globenc.recording.inputs import check_mask_argument
+from captum_globenc.recording.readout import by_pooling
+from captum_globenc.recording.records import Readout
+from captum_globenc.recording.run import EncoderRun
 
 TokenIndex = int | Tensor | Literal["mean"] | None
 
@@ -43,24 +46,52 @@ def as_tensors(inputs: object) -> tuple[Tensor, ...]:
     return tensors
 
 
-def check_positions(model: nn.Module, arguments: tuple[Any, ...]) -> None:
-    """Raise where a mask takes the place of another argument of the model.
+def check_call(model: nn.Module, arguments: tuple[Any, ...]) -> None:
+    """Raise where a mask takes the place of another argument, or has a wrong shape.
 
     In most models of transformers the second argument is the mask, in some it is not,
     and they would fail with an error that nobody understands.
+
+    Args:
+        model (nn.Module): what is called.
+        arguments (tuple): with what, in order.
     """
     names = list(inspect.signature(model.forward).parameters)
-    for name, value in zip(names, arguments):
-        wrong = (name == "past_key_values" and isinstance(value, Tensor)) or (
-            name == "bbox" and isinstance(value, Tensor) and value.ndim == 2
+    ids = arguments[0]
+    tokens = ids.shape[:-1] if ids.is_floating_point() else ids.shape
+    stands_in = any(isinstance(m, InterpretableEmbeddingBase) for m in model.modules())
+    if names[:1] == ["input_ids"] and ids.is_floating_point() and not stands_in:
+        raise InputError(
+            f"input ids must be integers, got {ids.dtype}: pass embeddings to a "
+            "forward_func such as lambda x, mask: model(inputs_embeds=x, "
+            "attention_mask=mask)."
         )
-        if wrong:
+    for name, value in zip(names[1:], arguments[1:]):
+        if name == "attention_mask":
+            break
+        looks_like_mask = (
+            "attention_mask" in names
+            and isinstance(value, Tensor)
+            and value.shape == tokens
+            and _is_zero_or_one(value)
+        )
+        if looks_like_mask and name not in _ALSO_PER_TOKEN:
             raise InputError(
                 f"argument {names.index(name) + 1} of {type(model).__name__} is {name} "
                 f"and not the attention mask, and a tensor of shape "
                 f"{tuple(value.shape)} is given: pass forward_func as lambda ids, "
                 "mask: model(ids, attention_mask=mask)."
             )
+    if len(tokens) == 2:
+        check_mask_argument(model, arguments, {}, (tokens[0], tokens[1]))
+
+
+# Arguments that hold a number for each token, as a mask does.
+_ALSO_PER_TOKEN = ("token_type_ids", "position_ids")
+
+
+def _is_zero_or_one(value: Tensor) -> bool:
+    return bool(((value == 0) | (value == 1)).all())
 
 
 def check_target(target: Any, batch: int) -> None:
@@ -76,9 +107,9 @@ def check_target(target: Any, batch: int) -> None:
     elif isinstance(target, list):
         kinds = {type(element) for element in target}
         if kinds == {tuple}:
-            legal = all(_is_index(part) for element in target for part in element)
+            legal = all(is_whole(part) for element in target for part in element)
         else:
-            legal = all(_is_index(element) for element in target)
+            legal = all(is_whole(element) for element in target)
         if not legal:
             raise AssertionError(
                 "a target list must hold integers only or tuples of integers only, got "
@@ -87,8 +118,8 @@ def check_target(target: Any, batch: int) -> None:
         length = len(target)
     elif (
         target is None
-        or _is_index(target)
-        or (isinstance(target, tuple) and target and all(map(_is_index, target)))
+        or is_whole(target)
+        or (isinstance(target, tuple) and target and all(map(is_whole, target)))
     ):
         return
     else:
@@ -100,10 +131,6 @@ def check_target(target: Any, batch: int) -> None:
         raise AssertionError(
             f"target has {length} elements, and inputs have {batch} examples."
         )
-
-
-def _is_index(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def shown(value: object) -> str:
@@ -123,62 +150,23 @@ def share(value: Any, chosen: slice, batch: int) -> Any:
     return value
 
 
-def output_tensor(output: Any) -> Tensor:
-    """The logits: the output itself, or the first tensor of scores in it."""
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, Mapping):
-        named = {k: v for k, v in output.items() if k != "loss"}
-        output = (named["logits"],) if "logits" in named else tuple(named.values())
-    if isinstance(output, tuple | list):
-        for value in output:
-            if isinstance(value, Tensor) and value.ndim > 0:
-                return value
-    raise InputError(
-        "forward_func must return a tensor or a Hugging Face output with one, got "
-        f"{type(output).__name__}."
-    )
+def readout_at(token_index: TokenIndex, run: EncoderRun) -> Readout:
+    """What a caller says is read of the last layer.
 
+    Args:
+        token_index (int, Tensor or "mean"): one token for all examples, (batch) of
+            them, or the mean of all tokens.
+        run (EncoderRun): the run.
 
-def check_seen(inputs: Tensor, run: EncoderRecord) -> None:
-    """Raise where the encoder did not see the inputs as its tokens or its images.
-
-    Multiple-choice models fold (batch, choices, ...) into one batch.
-    """
-    if run.grid is not None:
-        fits = inputs.ndim == 4 and run.shape[0] == len(inputs)
-        if fits and not inputs.is_floating_point():
-            raise InputError(
-                f"images must be floating point to be attributed, got {inputs.dtype}: "
-                "pass images.float()."
-            )
-    else:
-        tokens = inputs.shape[:-1] if inputs.is_floating_point() else inputs.shape
-        fits = run.shape == (tokens[:-1].numel(), tokens[-1])
-    if not fits:
-        seen = f"(batch, tokens) = {run.shape}"
-        if run.grid is not None:
-            seen += f", images of {run.grid.rows} by {run.grid.columns} patches"
-        raise InputError(
-            f"inputs have shape {tuple(inputs.shape)} and the encoder saw {seen}; "
-            "inputs must be its ids (batch, tokens), embeddings (batch, tokens, "
-            "hidden) or images (batch, channels, height, width)."
-        )
-
-
-def start_of(
-    token_index: TokenIndex, run: EncoderRecord
-) -> tuple[Tensor, Tensor | None]:
-    """Weights of the top layer's receivers, and which they are where they are few.
-
-    Returns:
-        *tuple* of weights, (batch, tokens), and receivers, (batch, 1), or None for all.
+    Raises:
+        InputError: there is no such token, or it is padding.
     """
     batch, tokens = run.shape
-    attended = run.attended
-    dtype = run.layers[0].dtype
+    token_mask, last = run.token_mask, len(run.layers)
     if isinstance(token_index, str) and token_index == "mean":
-        return attended.to(dtype) / attended.sum(-1, keepdim=True), None
+        weights = by_pooling("mean", token_mask, run.dtype)
+        assert weights is not None
+        return Readout({last: weights}, None)
     if isinstance(token_index, Tensor):
         whole = not token_index.is_floating_point() and token_index.dtype != torch.bool
         if not whole or token_index.numel() not in (1, batch):
@@ -186,9 +174,9 @@ def start_of(
                 f"token_index must be a LongTensor of shape ({batch},), got "
                 f"{token_index.dtype} of shape {tuple(token_index.shape)}."
             )
-        index = token_index.to(attended.device, torch.long).flatten().expand(batch)
-    elif _is_index(token_index):
-        index = torch.full((batch,), token_index, device=attended.device)  # type: ignore[arg-type]
+        index = token_index.to(token_mask.device, torch.long).flatten().expand(batch)
+    elif is_whole(token_index):
+        index = torch.full((batch,), token_index, device=token_mask.device)  # type: ignore[arg-type]
     else:
         raise InputError(
             'token_index must be an int, a LongTensor (batch,), "mean" or None, got '
@@ -199,8 +187,6 @@ def start_of(
             raise InputError(
                 f"token_index {position} is outside the {tokens} tokens of the input."
             )
-        if not attended[example, position]:
+        if not token_mask[example, position]:
             raise InputError(f"token_index {position} is padding in example {example}.")
-    index = index % tokens
-    start = nn.functional.one_hot(index, tokens).to(dtype)
-    return start, index[:, None]
+    return Readout.of_tokens(last, index % tokens, tokens, run.dtype)

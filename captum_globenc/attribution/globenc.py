@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from captum.log import log_usage
-from torch import Tensor
+from torch import Tensor, nn
 
 from captum_globenc._captum import (
     TargetType,
@@ -15,21 +16,17 @@ from captum_globenc._captum import (
     format_output,
     is_tuple,
 )
-from captum_globenc.adapters import shaped_like
-from captum_globenc.aggregation import Decomposition, blocks
-from captum_globenc.attribution.arguments import (
-    TokenIndex,
-    as_tensors,
-    check_target,
-    output_tensor,
-    share,
-)
-from captum_globenc.attribution.base import EncoderAttribution
-from captum_globenc.errors import InputError
-from captum_globenc.local import local_score
+from captum_globenc.attribution.adapters import shaped_like
+from captum_globenc.attribution.arguments import TokenIndex, share
+from captum_globenc.attribution.base import Inputs, RolloutAttribution
+from captum_globenc.contributions.norm_scores import local_score
+from captum_globenc.errors import InputError, is_whole
+from captum_globenc.recording.outputs import output_tensor
+from captum_globenc.recording.readout import ReadoutKind
+from captum_globenc.recording.run import EncoderRun
 
 
-class GlobEnc(EncoderAttribution):
+class GlobEnc(RolloutAttribution):
     r"""Global token attribution for transformer encoders, in one forward pass.
 
     Every encoder layer is decomposed into how much each token takes from every other,
@@ -77,10 +74,33 @@ class GlobEnc(EncoderAttribution):
         True
     """
 
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        *,
+        encoder: nn.Module | None = None,
+        local: str = "N_ENC",
+        normalize: bool = False,
+        readout: ReadoutKind = "gradient",
+    ) -> None:
+        RolloutAttribution.__init__(
+            self,
+            forward_func,
+            local_score(local),
+            encoder=encoder,
+            normalize=normalize,
+            readout=readout,
+        )
+
+    @property
+    def local(self) -> str:
+        """The name of the local score."""
+        return self.contribution.name
+
     @log_usage()
     def attribute(
         self,
-        inputs: TensorOrTupleOfTensorsGeneric,
+        inputs: TensorOrTupleOfTensorsGeneric | EncoderRun,
         target: TargetType = None,
         additional_forward_args: object | None = None,
         *,
@@ -135,88 +155,47 @@ class GlobEnc(EncoderAttribution):
             ReconstructionError: the recorded parts do not rebuild a layer.
             NonFiniteActivationError: NaN or infinity in a layer.
         """
-        tensors = as_tensors(inputs)
-        arguments = format_additional_forward_args(additional_forward_args) or ()
+        tensors = self._checked(inputs, target)
         batch = tensors[0].shape[0]
         size = batch if internal_batch_size is None else internal_batch_size
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        if not is_whole(size) or size < 1:
             raise InputError(f"internal_batch_size must be at least 1, got {size!r}.")
-        check_target(target, batch)
-        parts = []
-        for start in range(0, batch, size):
-            chosen = slice(start, start + size)
-            part = target[chosen] if isinstance(target, list) else target
-            parts.append(
+        if isinstance(inputs, EncoderRun):
+            parts = [self._attribute(inputs, None, target, token_index)]
+            is_in_tuple = len(tensors) > 1
+        else:
+            arguments = format_additional_forward_args(additional_forward_args) or ()
+            parts = [
                 self._attribute(
                     tuple(share(tensor, chosen, batch) for tensor in tensors),
-                    share(part, chosen, batch),
                     tuple(share(argument, chosen, batch) for argument in arguments),
+                    target[chosen]
+                    if isinstance(target, list)
+                    else share(target, chosen, batch),
                     share(token_index, chosen, batch),
                 )
-            )
+                for start in range(0, batch, size)
+                for chosen in [slice(start, start + size)]
+            ]
+            is_in_tuple = is_tuple(inputs)
         zeros = [torch.zeros_like(other) for other in tensors[1:]]
         result = (torch.cat(parts), *zeros)
-        return cast(
-            TensorOrTupleOfTensorsGeneric, format_output(is_tuple(inputs), result)
-        )
-
-    def decompose(
-        self,
-        inputs: Tensor | tuple[Tensor, ...],
-        additional_forward_args: object | None = None,
-    ) -> Decomposition:
-        r"""The local scores of all layers and their rollout.
-
-        Args:
-            inputs (Tensor or tuple[Tensor, ...]): as for :meth:`attribute`.
-            additional_forward_args (Any, optional): as for :meth:`attribute`.
-
-        Returns:
-            *Decomposition* with ``local`` of shape (batch, layers, receivers, sources)
-            and ``rollout(stop=None)``, (batch, receivers, sources), in float64 where
-            the model computes in it, else in float32.
-
-        Raises:
-            InputError: inputs or mask that cannot be decomposed.
-            UnsupportedModelError: no supported encoder.
-            ReconstructionError: the recorded parts do not rebuild a layer.
-            NonFiniteActivationError: NaN or infinity in a layer.
-        """
-        tensors = as_tensors(inputs)
-        arguments = format_additional_forward_args(additional_forward_args) or ()
-        with torch.no_grad():
-            run = self._capture(tensors, arguments).run
-        with torch.no_grad(), torch.autocast(run.attended.device.type, enabled=False):
-            batch, tokens = run.shape
-            score = local_score(self.local)
-            local = torch.zeros(
-                (batch, len(run.layers), tokens, tokens),
-                dtype=run.layers[0].dtype,
-                device=run.attended.device,
-            )
-            for index, layer in enumerate(run.layers):
-                rows = score(layer)
-                for block in blocks(run.shape, run.heads):
-                    local[:, index, block] = rows(block)
-            pairs = run.attended[:, :, None] & run.attended[:, None, :]
-            local.masked_fill_(~pairs[:, None], 0)
-        return Decomposition(local, run.attended, self.local)
+        return cast(TensorOrTupleOfTensorsGeneric, format_output(is_in_tuple, result))
 
     def _attribute(
         self,
-        tensors: tuple[Tensor, ...],
+        inputs: Inputs,
+        arguments: tuple[Any, ...] | None,
         target: TargetType,
-        arguments: tuple[Any, ...],
         token_index: TokenIndex,
     ) -> Tensor:
         """Scores of one internal batch, in the shape of its first tensor."""
-        with torch.no_grad():
-            rows, captured = self._sweep(tensors, target, arguments, token_index)
-            first = tensors[0]
-            dtype = output_tensor(captured.output).dtype
-            if first.is_floating_point():
-                dtype = first.dtype
-            elif not dtype.is_floating_point:
-                dtype = rows[-1].values.dtype
-            scores = self._scores(rows[-1], dtype).to(first.device)
-            return shaped_like(scores, first, captured.run.grid)
+        run = self._run(inputs, arguments, differentiate=token_index is None)
+        *_, row = self._sweep(run, target, token_index)
+        first, dtype = run.inputs[0], output_tensor(run.output).dtype
+        if first.is_floating_point():
+            dtype = first.dtype
+        elif not dtype.is_floating_point:
+            dtype = row.values.dtype
+        scores = self._scores(row, dtype).to(first.device)
+        return shaped_like(scores, first, run.grid)

@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from captum.attr import LayerAttribution
 from captum.log import log_usage
 from torch import Tensor, nn
 
-from captum_globenc._captum import (
-    TargetType,
-    TensorOrTupleOfTensorsGeneric,
-    format_additional_forward_args,
-)
-from captum_globenc.adapters import shaped_like
-from captum_globenc.attribution.arguments import (
-    TokenIndex,
-    as_tensors,
-    check_target,
-    shown,
-)
-from captum_globenc.attribution.base import EncoderAttribution
-from captum_globenc.capture import Captured
+from captum_globenc._captum import TargetType, TensorOrTupleOfTensorsGeneric
+from captum_globenc.attribution.adapters import shaped_like
+from captum_globenc.attribution.arguments import TokenIndex, shown
+from captum_globenc.attribution.base import RolloutAttribution
+from captum_globenc.contributions.norm_scores import local_score
 from captum_globenc.errors import InputError
-from captum_globenc.interface import ACTIVE
-
-# What the tokens are called where a layer is called with keywords.
-_TOKEN_ARGUMENTS = ("input_ids", "inputs_embeds", "pixel_values", "hidden_states")
+from captum_globenc.recording.readout import ReadoutKind
+from captum_globenc.recording.run import EncoderRun
 
 
-class LayerGlobEnc(EncoderAttribution, LayerAttribution):
+class LayerGlobEnc(RolloutAttribution, LayerAttribution):
     r"""How much of each hidden state of a layer reaches the final representation.
 
     For an encoder layer, the layers above it are rolled up from the top down to it, so
@@ -54,6 +39,7 @@ class LayerGlobEnc(EncoderAttribution, LayerAttribution):
         local (str, optional): as for :class:`~captum_globenc.GlobEnc`.
         normalize (bool, optional): scores of an example sum to 1 in every layer.
             Default: False.
+        readout (str, optional): as for :class:`~captum_globenc.GlobEnc`.
 
     Examples::
 
@@ -79,6 +65,7 @@ class LayerGlobEnc(EncoderAttribution, LayerAttribution):
         encoder: nn.Module | None = None,
         local: str = "N_ENC",
         normalize: bool = False,
+        readout: ReadoutKind = "gradient",
     ) -> None:
         layers = layer if isinstance(layer, list) else [layer]
         for part in layers:
@@ -89,8 +76,13 @@ class LayerGlobEnc(EncoderAttribution, LayerAttribution):
                 )
         if not layers:
             raise InputError("layer must name at least one module, got [].")
-        EncoderAttribution.__init__(
-            self, forward_func, encoder=encoder, local=local, normalize=normalize
+        RolloutAttribution.__init__(
+            self,
+            forward_func,
+            local_score(local),
+            encoder=encoder,
+            normalize=normalize,
+            readout=readout,
         )
         self.layer = layer
         self.device_ids = device_ids
@@ -98,7 +90,7 @@ class LayerGlobEnc(EncoderAttribution, LayerAttribution):
     @log_usage()
     def attribute(
         self,
-        inputs: TensorOrTupleOfTensorsGeneric,
+        inputs: TensorOrTupleOfTensorsGeneric | EncoderRun,
         target: TargetType = None,
         additional_forward_args: object | None = None,
         attribute_to_layer_input: bool = False,
@@ -132,31 +124,28 @@ class LayerGlobEnc(EncoderAttribution, LayerAttribution):
             ReconstructionError: the recorded parts do not rebuild a layer.
             NonFiniteActivationError: NaN or infinity in a layer.
         """
-        tensors = as_tensors(inputs)
-        arguments = format_additional_forward_args(additional_forward_args) or ()
-        check_target(target, tensors[0].shape[0])
+        self._checked(inputs, target)
         layers = self.layer if isinstance(self.layer, list) else [self.layer]
-        with torch.no_grad(), _observed(layers, attribute_to_layer_input) as seen:
-            rows, captured = self._sweep(tensors, target, arguments, token_index)
-            attributions = []
-            for layer in layers:
-                depth = _depth(layer, captured, attribute_to_layer_input, seen.early)
-                if layer not in seen.tensors:
-                    raise InputError(f"layer {type(layer).__name__} did not run.")
-                hidden = seen.tensors[layer]
-                dtype = hidden.dtype
-                if not dtype.is_floating_point:
-                    dtype = captured.run.layers[0].hidden.dtype
-                scores = self._scores(rows[depth], dtype).to(hidden.device)
-                attributions.append(shaped_like(scores, hidden, captured.run.grid))
+        run = self._run(inputs, additional_forward_args, token_index is None)
+        shapes = [_hidden_of(layer, run, attribute_to_layer_input) for layer in layers]
+        depths = [_depth(layer, run, attribute_to_layer_input) for layer in layers]
+        rows = self._sweep(run, target, token_index)
+        attributions = []
+        for hidden, depth in zip(shapes, depths):
+            dtype = hidden.dtype
+            if not dtype.is_floating_point:
+                dtype = run.layers[0].hidden.dtype
+            scores = self._scores(rows[depth], dtype).to(run.inputs[0].device)
+            # Some models have the tokens first.
+            if _is_turned(hidden, run):
+                hidden = hidden.transpose(0, 1)
+            attributions.append(shaped_like(scores, hidden, run.grid))
         return attributions if isinstance(self.layer, list) else attributions[0]
 
 
-def _depth(
-    layer: nn.Module, captured: Captured[Any], inputs: bool, early: set[nn.Module]
-) -> int:
+def _depth(layer: nn.Module, run: EncoderRun, inputs: bool) -> int:
     """How many encoder layers lie above the output, or the input, of a layer."""
-    encoder, count = captured.encoder, len(captured.run.layers)
+    encoder, count = run.encoder, len(run.layers)
     for index, modules in enumerate(encoder.layers):
         if modules.layer is layer and encoder.architecture.shared:
             raise InputError(
@@ -169,7 +158,7 @@ def _depth(
     embeddings = encoder.embeddings
     if embeddings is None:
         # Nothing is known of what is in front of the layers, but that it is.
-        expected, known = "a module that runs before the layers", layer in early
+        expected, known = "a module that runs before the layers", layer in run.early
     else:
         expected = f"its {type(embeddings).__name__}, a part of that"
         known = any(part is layer for part in embeddings.modules())
@@ -181,44 +170,20 @@ def _depth(
     )
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """The tokens that go into each layer, or what comes out of it.
-
-    Args:
-        tensors (dict[nn.Module, Tensor]): per module.
-        early (set[nn.Module]): those that ran before the encoder's layers.
-    """
-
-    tensors: dict[nn.Module, Tensor] = field(default_factory=dict)
-    early: set[nn.Module] = field(default_factory=set)
+def _is_turned(hidden: Tensor, run: EncoderRun) -> bool:
+    """Whether a tensor is (tokens, batch, ...)."""
+    if run.encoder.architecture.batch_first:
+        return False
+    return tuple(hidden.shape[:2]) == run.shape[::-1]
 
 
-@contextmanager
-def _observed(layers: list[nn.Module], inputs: bool) -> Iterator[_Seen]:
-    """Keep the tokens that go into each layer, or what comes out of it."""
-    seen = _Seen()
-    thread = threading.get_ident()
-
-    def keep(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        # Another thread may use the model at the same time.
-        if threading.get_ident() != thread:
-            return
-        named = [kwargs.get(name) for name in _TOKEN_ARGUMENTS]
-        values = [*args, *named, *kwargs.values()] if inputs else _flat(output)
-        for value in values:
-            if isinstance(value, Tensor):
-                seen.tensors[module] = value.detach()
-                if ACTIVE.listener is not None and not ACTIVE.listener.has_begun:
-                    seen.early.add(module)
-                return
-
-    with ExitStack() as undo:
-        for layer in layers:
-            hook = layer.register_forward_hook(keep, with_kwargs=True)
-            undo.callback(hook.remove)
-        yield seen
-
-
-def _flat(output: Any) -> list[Any]:
-    return list(output) if isinstance(output, tuple | list) else [output]
+def _hidden_of(layer: nn.Module, run: EncoderRun, inputs: bool) -> Tensor:
+    """A tensor of the shape of what goes into a layer, or comes out of it."""
+    if any(modules.layer is layer for modules in run.encoder.layers):
+        return run.layers[0].hidden
+    taken_and_given = run.early.get(layer)
+    tensors = taken_and_given[0 if inputs else 1] if taken_and_given else []
+    if not tensors:
+        _depth(layer, run, inputs)  # Raises where it is no part of the encoder.
+        raise InputError(f"layer {type(layer).__name__} did not run.")
+    return tensors[0]

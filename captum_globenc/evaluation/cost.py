@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from captum_globenc.comparison.methods import Scorer
 from captum_globenc.evaluation.perturbation import Texts
-from captum_globenc.methods import Scorer
 
 #: The name under which the bare forward pass is listed.
 FORWARD = "forward pass"

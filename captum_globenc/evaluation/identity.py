@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from captum_globenc.comparison.methods import methods_named
 from captum_globenc.evaluation.data import Example
-from captum_globenc.methods import methods_named
 
 
 def source_of(method: Any) -> str | None:

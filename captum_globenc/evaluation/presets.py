@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from captum_globenc.comparison.methods import METHODS
+from captum_globenc.contributions.norm_scores import LOCAL_SCORES
 from captum_globenc.evaluation.scoring import DEFAULT_MEASURES
-from captum_globenc.local import LOCAL_SCORES
-from captum_globenc.methods import METHODS
 
 
 @dataclass(frozen=True)

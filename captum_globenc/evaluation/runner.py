@@ -11,7 +11,8 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from captum_globenc.encoders import find_encoder, unsupported
+from captum_globenc.comparison.methods import methods_named
+from captum_globenc.encoders.discovery import find_encoder, unsupported
 from captum_globenc.errors import InputError
 from captum_globenc.evaluation import cost
 from captum_globenc.evaluation.data import Example, read_examples
@@ -27,8 +28,7 @@ from captum_globenc.evaluation.result import BenchmarkResult
 from captum_globenc.evaluation.scoring import DEFAULT_MEASURES, MEASURES, Record
 from captum_globenc.evaluation.store import Store
 from captum_globenc.evaluation.workers import Plan, pairs_of, run
-from captum_globenc.explanation import evaluating
-from captum_globenc.methods import methods_named
+from captum_globenc.recording.evaluation_mode import evaluating
 
 _COST_TEXTS = 20
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from captum_globenc.attribution.globenc import GlobEnc
+from captum_globenc.comparison.methods import METHODS, Scorer, logits_of, random_numbers
+from captum_globenc.contributions.norm_scores import LOCAL_SCORES
 from captum_globenc.errors import (
     GlobEncError,
     InputError,
@@ -28,8 +30,6 @@ from captum_globenc.evaluation.perturbation import (
     removed,
     strongest,
 )
-from captum_globenc.local import LOCAL_SCORES
-from captum_globenc.methods import METHODS, Scorer, logits_of, random_numbers
 
 #: Every measure; the last two attribute each text several times over.
 MEASURES = (

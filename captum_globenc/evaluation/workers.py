@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from captum_globenc.comparison.methods import methods_named, scorer_of
 from captum_globenc.errors import InputError
 from captum_globenc.evaluation.data import Example
 from captum_globenc.evaluation.scoring import Judge, Record
-from captum_globenc.methods import methods_named, scorer_of
 
 _PERTURBED_AT_ONCE = 64
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from matplotlib.axes import Axes
 
-from captum_globenc.adapters import unit_range
+from captum_globenc.attribution.adapters import unit_range
 from captum_globenc.errors import InputError
 from captum_globenc.visualization.canvas import (
     Values,

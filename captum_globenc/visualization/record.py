@@ -9,14 +9,14 @@ import torch
 from captum.attr import visualization as captum_visualization
 from torch import Tensor
 
-from captum_globenc.adapters import unit_range
-from captum_globenc.errors import InputError
-from captum_globenc.explanation import (
+from captum_globenc.attribution.adapters import unit_range
+from captum_globenc.comparison.explanation import (
     class_scores,
-    evaluating,
     find_class,
     readable_token,
 )
+from captum_globenc.errors import InputError
+from captum_globenc.recording.evaluation_mode import evaluating
 from captum_globenc.visualization.text import visible
 
 if TYPE_CHECKING:

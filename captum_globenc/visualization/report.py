@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from jinja2 import Environment, PackageLoader
 
-from captum_globenc.aggregation import Decomposition
-from captum_globenc.explanation import Explanation, MethodScores
+from captum_globenc.comparison.explanation import Explanation, MethodScores
+from captum_globenc.contributions.rollout import Decomposition
 from captum_globenc.visualization.text import (
     LEAST,
     described,

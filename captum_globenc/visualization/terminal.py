@@ -16,7 +16,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.style import Style
 from rich.text import Text
 
-from captum_globenc.explanation import Explanation, MethodScores
+from captum_globenc.comparison.explanation import Explanation, MethodScores
 from captum_globenc.visualization.text import (
     LEAST,
     described,

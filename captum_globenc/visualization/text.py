@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable
 
-from captum_globenc.explanation import ClassScore, Explanation, MethodScores
+from captum_globenc.comparison.explanation import ClassScore, Explanation, MethodScores
 
 # Tokens that are weaker, relative to the strongest, have no number, so that the others
 # stand out.

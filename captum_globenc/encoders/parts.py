@@ -14,32 +14,51 @@ class LayerParts(NamedTuple):
     """The parts that decompose a layer.
 
     Args:
-        output (nn.Module): :math:`W_O, b_O`, the linear map after the heads.
-        scale (Tensor or None): (hidden), multiplies the attention branch (LayerScale).
-        norms (tuple[nn.Module or None, ...]): the norm after the first residual, and
-            those after the second one; None where there is none.
+        output (nn.Module or Tensor): :math:`W_O, b_O`, the linear map after the heads,
+            or its matrix, (hidden, heads, head size).
+        layer_scale (Tensor or None): (hidden), multiplies the attention branch.
+        attention_norm (nn.Module or None): the norm after the first residual.
+        output_norm (nn.Module or None): the norm after the second residual.
+        final_norm (nn.Module or None): the norm after the last layer.
     """
 
-    output: nn.Module
-    scale: Tensor | None
-    norms: tuple[nn.Module | None, ...]
+    output: nn.Module | Tensor
+    layer_scale: Tensor | None
+    attention_norm: nn.Module | None
+    output_norm: nn.Module | None
+    final_norm: nn.Module | None
+
+    @property
+    def norms(self) -> dict[str, nn.Module]:
+        """The norms that are there, in the order in which they are applied."""
+        named = {name: getattr(self, name) for name in NORMS}
+        return {name: norm for name, norm in named.items() if norm is not None}
 
     def tensors(self) -> list[Tensor]:
         """Everything that the decomposition depends on, without gradients."""
-        modules = [self.output, *(norm for norm in self.norms if norm is not None)]
-        values = [t for m in modules for t in (*m.parameters(), *m.buffers())]
-        if self.scale is not None:
-            values.append(self.scale)
+        modules = [p for p in (self.output, *self.norms.values()) if not _is_tensor(p)]
+        values = [t for m in modules for t in (*m.parameters(), *m.buffers())]  # type: ignore[union-attr]
+        values += [t for t in (self.output, self.layer_scale) if _is_tensor(t)]  # type: ignore[misc]
         return [value.detach() for value in values]
 
 
-def is_linear(module: nn.Module) -> bool:
+#: The norms after the residuals, in the order in which they are applied.
+NORMS = ("attention_norm", "output_norm", "final_norm")
+
+
+def _is_tensor(part: object) -> bool:
+    return isinstance(part, Tensor)
+
+
+def is_linear(module: nn.Module | Tensor) -> bool:
     """Whether :func:`linear_map` knows what the module maps from and to."""
+    if isinstance(module, Tensor):
+        return module.ndim == 3
     sizes = (getattr(module, "in_features", None), getattr(module, "out_features", 0))
     return isinstance(module, Conv1D) or all(isinstance(n, int) for n in sizes)
 
 
-def linear_map(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+def linear_map(module: nn.Module | Tensor) -> tuple[Tensor, Tensor | None]:
     """The matrix (out, in) and bias of a linear map, without gradients.
 
     A map with parts of its own, such as a LoRA adapter around a Linear, is asked what
@@ -48,31 +67,35 @@ def linear_map(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     """
     weight = _matrix(module)
     if weight is not None:
-        bias = module.bias
-        return weight, None if bias is None else bias.detach()  # type: ignore[operator]
-    unit = torch.eye(_size(module)).to(_like(module))
+        bias = getattr(module, "bias", None)
+        return weight, None if bias is None else bias.detach()
+    assert isinstance(module, nn.Module)
+    unit = torch.eye(module.in_features).to(_like(module))  # type: ignore[arg-type]
     with torch.no_grad():
         # One row: quantised maps take no single vector.
         at_zero = _apply(module, torch.zeros_like(unit[:1]))[0]
         return (_apply(module, unit) - at_zero).T, at_zero
 
 
-def image_of_fixed_vector(module: nn.Module) -> Tensor:
+def image_of_fixed_vector(module: nn.Module | Tensor) -> Tensor:
     """What a linear map makes of one vector: other where its matrix is another one."""
     weight = _matrix(module)
-    size = _size(module) if weight is None else weight.shape[1]
+    size = module.in_features if weight is None else weight.shape[1]  # type: ignore[union-attr]
     direction = torch.linspace(-1, 1, size, dtype=torch.float64).sin()
     if weight is not None:
         return weight @ direction.to(weight)
+    assert isinstance(module, nn.Module)
     with torch.no_grad():
         return _apply(module, direction.to(_like(module))[None])[0]
 
 
-def _matrix(module: nn.Module) -> Tensor | None:
+def _matrix(module: nn.Module | Tensor) -> Tensor | None:
     """The matrix (out, in) of a map whose weights say all, None for any other.
 
     Quantised and adapted maps are Linears, too.
     """
+    if isinstance(module, Tensor):
+        return module.detach().flatten(1)
     if isinstance(module, Conv1D):
         return module.weight.detach().T  # type: ignore[no-any-return]
     if (
@@ -82,11 +105,6 @@ def _matrix(module: nn.Module) -> Tensor | None:
     ):
         return module.weight.detach()
     return None
-
-
-def _size(module: nn.Module) -> int:
-    size: int = module.in_features  # type: ignore[assignment]
-    return size
 
 
 def _apply(module: nn.Module, vectors: Tensor) -> Tensor:
@@ -131,10 +149,14 @@ class Norm:
         r""":math:`\gamma \odot C(v)` over the last dimension: no scale, no bias."""
         return (centre(vectors) if self.centred else vectors) * self.gamma
 
-    def transposed(self, vector: Tensor) -> Tensor:
-        """The vector on which v has the projection that ``linear(v)`` has on this."""
-        vector = vector * self.gamma
-        return centre(vector) if self.centred else vector
+    def transposed(self, vectors: Tensor) -> Tensor:
+        """The vectors on which v has the projections that ``linear(v)`` has on these.
+
+        Args:
+            vectors (Tensor): (..., hidden).
+        """
+        vectors = vectors * self.gamma
+        return centre(vectors) if self.centred else vectors
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -149,21 +171,20 @@ def is_centred(module: nn.Module) -> bool:
     )
 
 
-def scale_of(module: nn.Module, vectors: Tensor) -> Tensor:
+def standard_deviation(norm: nn.Module, vectors: Tensor) -> Tensor:
     """A norm's denominators: sqrt(mean(C(v)²) + eps) over the last dimension.
 
     Args:
-        module (nn.Module): a norm.
+        norm (nn.Module): a LayerNorm or an RMSNorm.
         vectors (Tensor): its inputs, (..., hidden), in the dtype to compute in.
 
     Returns:
         *Tensor* of shape (...).
     """
-    values = centre(vectors) if is_centred(module) else vectors
+    values = centre(vectors) if is_centred(norm) else vectors
     # Not var(), which takes five times as long.
-    squares = values.norm(dim=-1).square()
-    scale: Tensor = (squares / values.shape[-1] + _epsilon(module, vectors)).sqrt()
-    return scale
+    variance: Tensor = values.norm(dim=-1).square() / values.shape[-1]
+    return (variance + _epsilon(norm, vectors)).sqrt()
 
 
 def centre(vectors: Tensor) -> Tensor:

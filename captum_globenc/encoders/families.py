@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import product
 
-from captum_globenc.layouts import Architecture, Family
+from captum_globenc.encoders.architecture import Architecture, Family
 
 _BERT = Architecture(
     embeddings="embeddings",
@@ -20,6 +20,54 @@ _BERT = Architecture(
     attention_norm="attention.output.LayerNorm",
     feed_forward="output.dense",
     output_norm="output.LayerNorm",
+    value="attention.self.value",
+)
+
+_DEBERTA = replace(_BERT, value=None)
+_DEBERTA_V2 = replace(_BERT, value="attention.self.value_proj")
+_ROFORMER = replace(_BERT, positions="encoder.embed_positions")
+# Big Bird may put another module in the place of attention.self while it runs.
+_BIG_BIRD = replace(_BERT, attention="attention")
+
+_MPNET = replace(
+    _BERT,
+    attention="attention.attn",
+    output="attention.attn.o",
+    attention_norm="attention.LayerNorm",
+    value="attention.attn.v",
+)
+
+_XLNET = Architecture(
+    embeddings="word_embedding",
+    layers="layer",
+    attention="rel_attn",
+    output="rel_attn.o",
+    attention_norm="rel_attn.layer_norm",
+    feed_forward="ff.layer_2",
+    output_norm="ff.layer_norm",
+    pooling="last",
+    batch_first=False,
+)
+
+_BART = Architecture(
+    embeddings="embed_tokens",
+    positions="embed_positions",
+    layers="layers",
+    attention="self_attn",
+    output="self_attn.out_proj",
+    attention_norm="self_attn_layer_norm",
+    feed_forward="fc2",
+    output_norm="final_layer_norm",
+    value="self_attn.v_proj",
+    pooling=None,
+)
+_MBART = replace(
+    _BART,
+    attention_norm=None,
+    output_norm=None,
+    input_norm="self_attn_layer_norm",
+    feed_forward_norm="final_layer_norm",
+    final_norm="layer_norm",
 )
 
 _DISTILBERT = Architecture(
@@ -31,6 +79,7 @@ _DISTILBERT = Architecture(
     attention_norm="sa_layer_norm",
     feed_forward="ffn.lin2",
     output_norm="output_layer_norm",
+    value="attention.v_lin",
 )
 
 _ALBERT = Architecture(
@@ -43,6 +92,7 @@ _ALBERT = Architecture(
     attention_norm="attention.LayerNorm",
     feed_forward="ffn_output",
     output_norm="full_layer_layer_norm",
+    value="attention.value",
 )
 
 _NOMIC_BERT = Architecture(
@@ -53,6 +103,7 @@ _NOMIC_BERT = Architecture(
     attention_norm="post_attention_layernorm",
     feed_forward="mlp",
     output_norm="post_mlp_layernorm",
+    value="self_attn.v_proj",
 )
 
 _XLM_ROBERTA_XL = Architecture(
@@ -64,15 +115,22 @@ _XLM_ROBERTA_XL = Architecture(
     feed_forward_norm="LayerNorm",
     feed_forward="output.dense",
     final_norm="encoder.LayerNorm",
+    value="attention.self.value",
+    input_norm="attention.self_attn_layer_norm",
 )
 
 _ROBERTA_PRELAYERNORM = replace(
     _XLM_ROBERTA_XL,
     feed_forward_norm="intermediate.LayerNorm",
     final_norm="LayerNorm",
+    input_norm="attention.LayerNorm",
 )
 
-_ESM = replace(_XLM_ROBERTA_XL, final_norm="encoder.emb_layer_norm_after")
+_ESM = replace(
+    _XLM_ROBERTA_XL,
+    final_norm="encoder.emb_layer_norm_after",
+    input_norm="attention.LayerNorm",
+)
 # With rotary positions there is no table of them.
 _ESM_ROTARY = replace(_ESM, positions=None)
 
@@ -84,6 +142,8 @@ _MODERNBERT = Architecture(
     feed_forward_norm="mlp_norm",
     feed_forward="mlp",
     final_norm="final_norm",
+    value="attn.Wqkv",
+    input_norm="attn_norm",
 )
 
 # Llama and what is built like it; EuroBERT attends in both directions.
@@ -95,9 +155,11 @@ _LLAMA = Architecture(
     feed_forward_norm="post_attention_layernorm",
     feed_forward="mlp",
     final_norm="norm",
-    reads="last",
+    pooling="last",
+    value="self_attn.v_proj",
+    input_norm="input_layernorm",
 )
-_EUROBERT = replace(_LLAMA, reads="mean")
+_EUROBERT = replace(_LLAMA, pooling="mean")
 
 _GPT2 = Architecture(
     embeddings="wte",
@@ -108,7 +170,9 @@ _GPT2 = Architecture(
     feed_forward_norm="ln_2",
     feed_forward="mlp",
     final_norm="ln_f",
-    reads="last",
+    pooling="last",
+    value="attn.c_attn",
+    input_norm="ln_1",
 )
 
 _T5 = Architecture(
@@ -119,7 +183,9 @@ _T5 = Architecture(
     feed_forward_norm="layer.1.layer_norm",
     feed_forward="layer.1.DenseReluDense",
     final_norm="final_layer_norm",
-    reads="mean",
+    pooling="mean",
+    value="layer.0.SelfAttention.v",
+    input_norm="layer.0.layer_norm",
 )
 
 _VIT = Architecture(
@@ -131,6 +197,8 @@ _VIT = Architecture(
     feed_forward_norm="layernorm_after",
     feed_forward="mlp",
     final_norm="layernorm",
+    value="attention.v_proj",
+    input_norm="layernorm_before",
 )
 # As it was in transformers 5.0.
 _VIT_OLD = replace(
@@ -139,21 +207,28 @@ _VIT_OLD = replace(
     attention="attention.attention",
     output="attention.output.dense",
     feed_forward="output.dense",
+    value="attention.attention.value",
 )
 
-_BEIT = replace(_VIT, attention_scale="lambda_1", feed_forward_scale="lambda_2")
+_BEIT = replace(
+    _VIT, attention_layer_scale="lambda_1", feed_forward_layer_scale="lambda_2"
+)
 # With mean pooling the norm comes after it, in the head.
 _BEIT_MEAN = replace(_BEIT, final_norm=None)
 
 _DINOV2 = replace(
     _VIT,
     layers="encoder.layer",
-    attention_scale="layer_scale1.lambda1",
+    attention_layer_scale="layer_scale1.lambda1",
     feed_forward_norm="norm2",
-    feed_forward_scale="layer_scale2.lambda1",
+    feed_forward_layer_scale="layer_scale2.lambda1",
+    input_norm="norm1",
 )
 _DINOV2_OLD = replace(
-    _DINOV2, attention="attention.attention", output="attention.output.dense"
+    _DINOV2,
+    attention="attention.attention",
+    output="attention.output.dense",
+    value="attention.attention.value",
 )
 
 _CLIP_VISION = Architecture(
@@ -164,17 +239,19 @@ _CLIP_VISION = Architecture(
     output="self_attn.out_proj",
     feed_forward_norm="layer_norm2",
     feed_forward="mlp",
+    value="self_attn.v_proj",
+    input_norm="layer_norm1",
 )
 # Its post_layernorm sees the pooled token alone: a part of the head.
-_SIGLIP_VISION = replace(_CLIP_VISION, final_norm="post_layernorm", reads="mean")
+_SIGLIP_VISION = replace(_CLIP_VISION, final_norm="post_layernorm", pooling="mean")
 _CLIP_TEXT = replace(
     _CLIP_VISION,
     patches=None,
     positions="embeddings.position_embedding",
     final_norm="final_layer_norm",
-    reads=None,
+    pooling=None,
 )
-_SIGLIP_TEXT = replace(_CLIP_TEXT, reads="last")
+_SIGLIP_TEXT = replace(_CLIP_TEXT, pooling="last")
 
 _TORCHVISION_VIT = Architecture(
     embeddings="encoder.dropout",
@@ -182,6 +259,7 @@ _TORCHVISION_VIT = Architecture(
     layers="encoder.layers",
     attention="self_attention",
     output="self_attention.out_proj",
+    input_norm="ln_1",
     feed_forward_norm="ln_2",
     feed_forward="mlp",
     final_norm="encoder.ln",
@@ -201,9 +279,10 @@ def _torch_layouts(layers: str, norm: str | None) -> tuple[Architecture, ...]:
                 feed_forward="linear2",
                 attention_norm=None if norm_first else "norm1",
                 output_norm=None if norm_first else "norm2",
+                input_norm="norm1" if norm_first else None,
                 feed_forward_norm="norm2" if norm_first else None,
                 final_norm=final,
-                reads=None,
+                pooling=None,
                 batch_first=batch_first,
                 only_if={
                     "norm_first": norm_first,
@@ -217,7 +296,8 @@ def _torch_layouts(layers: str, norm: str | None) -> tuple[Architecture, ...]:
 #: Lists of torch's encoder layers have no class of their own.
 TORCH_STACK = "a stack of torch.nn.TransformerEncoderLayer"
 
-_MEAN_NOTE = "Where a head reads no token or mean that is recognised, the mean is."
+_MEAN_NOTE = "Without a head the tokens' mean is explained."
+_DECODER_NOTE = "A decoder's head reads tokens beside the encoder: pass token_index."
 #: model type, or name of a class → the family.
 FAMILIES: dict[str, Family] = {
     "albert": Family(
@@ -227,12 +307,24 @@ FAMILIES: dict[str, Family] = {
         note="One module serves as several layers.",
     ),
     "bert": Family(title="BERT", layouts=(_BERT,), positions="learned"),
+    "transformers.models.bart.modeling_bart.BartEncoder": Family(
+        title="BART, encoder",
+        layouts=(_BART,),
+        positions="learned",
+        note=_DECODER_NOTE,
+    ),
     "beit": Family(
         title="BEiT",
         layouts=(_BEIT, _BEIT_MEAN),
         positions="relative bias",
         since="5.9",
-        note="With mean pooling the patches' mean is explained.",
+        note="With mean pooling the patches' mean is read.",
+    ),
+    "big_bird": Family(
+        title="Big Bird",
+        layouts=(_BIG_BIRD,),
+        positions="learned",
+        note='With attention_type="original_full"; sparse blocks are refused.',
     ),
     "camembert": Family(title="CamemBERT", layouts=(_BERT,), positions="learned"),
     "clip_text_model": Family(
@@ -251,23 +343,36 @@ FAMILIES: dict[str, Family] = {
     "data2vec-text": Family(
         title="Data2VecText", layouts=(_BERT,), positions="learned"
     ),
+    "deberta": Family(
+        title="DeBERTa",
+        layouts=(_DEBERTA, replace(_DEBERTA, positions=None)),
+        positions="disentangled",
+        note="Attention weights are kept.",
+    ),
+    "deberta-v2": Family(
+        title="DeBERTa v2 and v3",
+        layouts=(_DEBERTA_V2, replace(_DEBERTA_V2, positions=None)),
+        positions="disentangled",
+        note="Attention weights are kept. A convolution after the first layer (xlarge) "
+        "is refused.",
+    ),
     "deit": Family(
         title="DeiT",
         layouts=(_VIT, _VIT_OLD),
         positions="learned",
-        note="Heads for class and distillation token: both are explained, half each.",
+        note="Heads for class and distillation token: both are explained.",
     ),
     "dinov2": Family(
         title="DINOv2",
         layouts=(_DINOV2, _DINOV2_OLD),
         positions="learned",
-        note="A classifier reads class token and patches' mean: half each.",
+        note="A classifier reads the class token and the patches' mean.",
     ),
     "dinov2_with_registers": Family(
         title="DINOv2 with registers",
         layouts=(_DINOV2, _DINOV2_OLD),
         positions="learned",
-        note="A classifier reads class token and patches' mean: half each.",
+        note="A classifier reads the class token and the patches' mean.",
     ),
     "distilbert": Family(
         title="DistilBERT", layouts=(_DISTILBERT,), positions="learned"
@@ -295,6 +400,12 @@ FAMILIES: dict[str, Family] = {
         rms_norm=True,
         note="Grouped queries.",
     ),
+    "transformers.models.mbart.modeling_mbart.MBartEncoder": Family(
+        title="mBART, encoder",
+        layouts=(_MBART,),
+        positions="learned",
+        note=_DECODER_NOTE,
+    ),
     "mistral": Family(
         title="Mistral",
         layouts=(_LLAMA,),
@@ -309,6 +420,12 @@ FAMILIES: dict[str, Family] = {
         positions="rotary",
         since="5.1",
         note="Local and global layers.",
+    ),
+    "mpnet": Family(
+        title="MPNet",
+        layouts=(_MPNET,),
+        positions="learned and relative bias",
+        note="Attention weights are kept.",
     ),
     "nomic_bert": Family(
         title="NomicBERT", layouts=(_NOMIC_BERT,), positions="rotary", since="5.5"
@@ -335,6 +452,16 @@ FAMILIES: dict[str, Family] = {
         layouts=(_ROBERTA_PRELAYERNORM,),
         positions="learned",
     ),
+    "roformer": Family(
+        title="RoFormer",
+        layouts=(
+            replace(_ROFORMER, only_if={"attention.self.rotary_value": False}),
+            # Values that are rotated are not what the map of values makes.
+            replace(_ROFORMER, value=None),
+        ),
+        positions="rotary",
+        note="Attention weights are kept.",
+    ),
     "siglip_text_model": Family(
         title="SigLIP, text",
         layouts=(_SIGLIP_TEXT,),
@@ -345,7 +472,7 @@ FAMILIES: dict[str, Family] = {
         title="SigLIP, vision",
         layouts=(_SIGLIP_VISION,),
         positions="learned",
-        note="The head attends to all patches: their mean is explained.",
+        note="The head attends to all patches.",
     ),
     "t5": Family(
         title="T5, encoder",
@@ -360,17 +487,23 @@ FAMILIES: dict[str, Family] = {
     "xlm-roberta-xl": Family(
         title="XLM-R-XL", layouts=(_XLM_ROBERTA_XL,), positions="learned"
     ),
+    "xlnet": Family(
+        title="XLNet",
+        layouts=(_XLNET,),
+        positions="relative bias",
+        note="Attention weights are kept. Without memories and target mapping.",
+    ),
     "torch.nn.modules.transformer.TransformerEncoder": Family(
         title="torch.nn.TransformerEncoder",
         layouts=_torch_layouts("layers", "norm"),
         positions="any",
-        note="Post-LN or norm_first. A token that is not recognised must be named.",
+        note="Post-LN or norm_first.",
     ),
     TORCH_STACK: Family(
         title="torch.nn.TransformerEncoderLayer, alone or in a list",
         layouts=_torch_layouts("", None),
         positions="any",
-        note="Post-LN or norm_first. A token that is not recognised must be named.",
+        note="Post-LN or norm_first.",
     ),
     "torchvision.models.vision_transformer.VisionTransformer": Family(
         title="torchvision's VisionTransformer",
@@ -379,27 +512,14 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
-_OWN_ATTENTION = (
-    "computes its attention by itself, not through transformers.AttentionInterface, so "
-    "it cannot be recorded"
-)
 #: Families that are known not to fit, each with the reason.
 REFUSED: dict[str, str] = {
-    "big_bird": "attends in sparse blocks and " + _OWN_ATTENTION,
     "convbert": "mixes attention with convolutions over spans of tokens, so a layer's "
     "output is no sum of values weighted by attention",
-    "deberta": "has disentangled attention, whose content-to-position terms are "
-    "computed inside the layer and not handed to transformers.AttentionInterface, so "
-    "they cannot be recorded",
     "fnet": "mixes tokens by Fourier transforms and has no attention weights",
     "funnel": "pools tokens between its blocks, so that its layers have different "
     "tokens and no rollout exists",
-    "longformer": "attends within windows, with global tokens that have projections of "
-    "their own, in banded matrices that do not pass transformers.AttentionInterface",
-    "mpnet": "adds a relative position bias and " + _OWN_ATTENTION,
-    "roformer": _OWN_ATTENTION,
-    "squeezebert": "is made of grouped convolutions and " + _OWN_ATTENTION,
-    "xlnet": "attends in two streams with relative position terms in the logits that "
-    "do not pass transformers.AttentionInterface",
+    "longformer": "attends within windows, with global tokens that have values of "
+    "their own, so that what a token gives depends on who takes it",
+    "squeezebert": "is made of grouped convolutions, with tokens in the last dimension",
 }
-REFUSED["deberta-v2"] = REFUSED["deberta"]

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from captum.attr import InterpretableEmbeddingBase
 from torch import Tensor, nn
 
-from captum_globenc.architectures import model_type
+from captum_globenc.encoders.architecture import Architecture, Family
+from captum_globenc.encoders.parts import LayerParts, is_linear, is_norm
+from captum_globenc.encoders.registry import model_type
 from captum_globenc.errors import UnsupportedModelError
-from captum_globenc.layouts import Architecture, Family
-from captum_globenc.parts import LayerParts, is_linear, is_norm
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class LayerModules:
         parts (LayerParts): what decomposes the layer.
         watched (dict[str, nn.Module]): the parts whose inputs and outputs must rebuild
             the layer, by their names in :class:`~captum_globenc.Architecture`.
-        feed_forward_scale (Tensor or None): (hidden), multiplies the feed-forward
+        feed_forward_layer_scale (Tensor or None): (hidden), multiplies the feed-forward
             branch.
     """
 
@@ -35,7 +35,7 @@ class LayerModules:
     attention: nn.Module
     parts: LayerParts
     watched: dict[str, nn.Module]
-    feed_forward_scale: Tensor | None
+    feed_forward_layer_scale: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -71,22 +71,34 @@ class Encoder:
     def max_tokens(self) -> int | None:
         """The longest input that the position table allows, in tokens; None: no limit.
 
-        RoBERTa numbers positions from ``padding_idx + 1``.
+        RoBERTa numbers positions from ``padding_idx + 1``, BART from an offset.
         """
         if self.positions is None:
             return None
         reserved = self.positions.padding_idx
-        return self.positions.num_embeddings - (0 if reserved is None else reserved + 1)
+        first = 0 if reserved is None else reserved + 1
+        # BART's positions begin at an offset.
+        return self.positions.num_embeddings - max(
+            first, getattr(self.positions, "offset", 0)
+        )
 
     @property
     def token_table(self) -> nn.Module | None:
         """The table of token embeddings, or what stands in for it."""
         table = getattr(self.module, "get_input_embeddings", None)
-        if table is not None:
+        if table is not None and not isinstance(
+            self.embeddings, InterpretableEmbeddingBase
+        ):
             return table()  # type: ignore[no-any-return]
         inside = [] if self.embeddings is None else self.embeddings.modules()
         kinds = (nn.Embedding, InterpretableEmbeddingBase)
         return next((module for module in inside if isinstance(module, kinds)), None)
+
+    @property
+    def token_weights(self) -> Tensor | None:
+        """The weights of the table of token embeddings, where there is a plain one."""
+        weights = getattr(self.token_table, "weight", None)
+        return weights if isinstance(weights, Tensor) else None
 
 
 def submodule(module: nn.Module, path: str) -> nn.Module | None:
@@ -150,12 +162,17 @@ def fits(module: nn.Module, layout: Architecture) -> bool:
     parts += [(first, getattr(layout, field)) for field in _OF_LAYER]
     final = submodule(module, layout.final_norm or "")
     return (
-        all(submodule(owner, path) is not None for owner, path in parts if path)
+        all(_is_there(owner, path) for owner, path in parts if path)
         and not isinstance(final, nn.Identity)
         and all(
             _attribute(first, path) == value for path, value in layout.only_if.items()
         )
     )
+
+
+def _is_there(owner: nn.Module, path: str) -> bool:
+    value = _attribute(owner, path)
+    return isinstance(value, Tensor) or submodule(owner, path) is not None
 
 
 _OF_ENCODER = ("embeddings", "positions", "patches", "final_norm")
@@ -172,6 +189,18 @@ _OF_LAYER = (
 def _attribute(module: nn.Module, path: str) -> object:
     owner, _, name = path.rpartition(".")
     return getattr(submodule(module, owner), name, None)
+
+
+_NORM = (is_norm, "LayerNorm or RMSNorm")
+# Parts of a layer whose inputs and outputs are looked at, and what they must be.
+_WATCHED: dict[str, tuple[Callable[[nn.Module], bool] | None, str]] = {
+    "attention_norm": _NORM,
+    "output_norm": _NORM,
+    "feed_forward": (None, ""),
+    "feed_forward_norm": (None, ""),
+}
+# Parts that a model may lack: what they say is then not checked.
+_OPTIONAL = ("value", "input_norm")
 
 
 def _of_kind(kind: type[nn.Module]) -> Callable[[nn.Module], bool]:
@@ -227,30 +256,40 @@ class Resolver:
     ) -> LayerModules:
         name = ".".join(part for part in (self.name, path) if part)
         where = (layer, name)
-        norms = [
-            self._part(field, is_norm, "LayerNorm or RMSNorm", *where)
-            for field in ("attention_norm", "output_norm")
-        ]
         watched = {
-            "feed_forward": self._part("feed_forward", None, "", *where),
-            "feed_forward_norm": self._part("feed_forward_norm", None, "", *where),
-            "attention_norm": norms[0],
-            "output_norm": norms[1],
+            field: self._part(field, *kind, *where) for field, kind in _WATCHED.items()
         }
+        for field in _OPTIONAL:
+            path = getattr(self.architecture, field)
+            watched[field] = None if path is None else submodule(layer, path)
         attention = self._part("attention", None, "", *where)
-        output = self._part("output", is_linear, "Linear", *where)
+        output = self._output(*where)
         assert attention is not None
-        assert output is not None
         return LayerModules(
             name=name or type(layer).__name__,
             layer=layer,
             attention=attention,
             parts=LayerParts(
-                output, self._scale("attention_scale", *where), (*norms, final_norm)
+                output,
+                self._layer_scale("attention_layer_scale", *where),
+                watched["attention_norm"],
+                watched["output_norm"],
+                final_norm,
             ),
-            watched={part: found for part, found in watched.items() if found},
-            feed_forward_scale=self._scale("feed_forward_scale", *where),
+            watched={part: module for part, module in watched.items() if module},
+            feed_forward_layer_scale=self._layer_scale(
+                "feed_forward_layer_scale", *where
+            ),
         )
+
+    def _output(self, layer: nn.Module, name: str) -> nn.Module | Tensor:
+        """The linear map after the heads, or the parameter that is its matrix."""
+        value = _attribute(layer, self.architecture.output)
+        if isinstance(value, Tensor) and is_linear(value):
+            return value
+        module = self._part("output", is_linear, "Linear", layer, name)
+        assert module is not None
+        return module
 
     def _part(
         self,
@@ -277,7 +316,9 @@ class Resolver:
             )
         return result
 
-    def _scale(self, field: str, layer: nn.Module, layer_name: str) -> Tensor | None:
+    def _layer_scale(
+        self, field: str, layer: nn.Module, layer_name: str
+    ) -> Tensor | None:
         """The vector at the path of a field; None for a scale of 1."""
         path = getattr(self.architecture, field)
         if path is None:

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-#: Which tokens of the last layer a head reads.
-Reads = Literal["first", "last", "mean"]
+#: Which tokens of the last layer heads of a family read.
+Pooling = Literal["first", "last", "mean"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,18 +30,19 @@ class Architecture:
 
     .. code-block:: text
 
-        y = x + attention_scale * output(attention(norm(x)))
-        x' = y + feed_forward_scale * feed_forward(feed_forward_norm(y))
+        y = x + attention_layer_scale * output(attention(input_norm(x)))
+        x' = y + feed_forward_layer_scale * feed_forward(feed_forward_norm(y))
 
-    where a scale that is not named is 1. Norms may be LayerNorms or RMSNorms.
+    where a layer scale that is not named is 1. Norms may be LayerNorms or RMSNorms.
 
     Args:
         layers (str): from the encoder: the list of layers; a ``*`` stands for all
             parts of a list on the way, and ``""`` is the encoder itself.
         attention (str): from a layer: the module inside which the layer attends, by
-            ``transformers.AttentionInterface`` or by
-            ``torch.nn.functional.scaled_dot_product_attention``.
-        output (str): from a layer: the linear map after the heads, :math:`W_O, b_O`.
+            ``torch.nn.functional.scaled_dot_product_attention`` or by a product of
+            attention weights and values.
+        output (str): from a layer: the linear map after the heads, :math:`W_O, b_O`, or
+            its matrix, a parameter of shape (hidden, heads, head size).
         feed_forward (str): from a layer: the module whose output is added in the second
             residual.
         attention_norm (str, optional): from a post-LN layer: the norm after the first
@@ -51,17 +52,23 @@ class Architecture:
         feed_forward_norm (str, optional): from a pre-LN layer: the norm in front of the
             feed-forward part.
         final_norm (str, optional): from the encoder: the norm after the last layer.
-        attention_scale (str, optional): from a pre-LN layer: the vector that multiplies
-            the attention branch (LayerScale).
-        feed_forward_scale (str, optional): likewise the feed-forward branch.
+        value (str, optional): from a layer: the linear map that makes the values,
+            alone or as the last of queries, keys and values. Where it is named, every
+            run checks that the values are made of the layer's own input.
+        input_norm (str, optional): from a pre-LN layer: the norm in front of attention;
+            needed where ``value`` is named.
+        attention_layer_scale (str, optional): from a pre-LN layer: the vector that
+            multiplies the attention branch (LayerScale).
+        feed_forward_layer_scale (str, optional): likewise the feed-forward branch.
         embeddings (str, optional): from the encoder: the module that takes
             ``input_ids``, ``inputs_embeds`` or ``pixel_values``.
         positions (str, optional): from the encoder: the table of position embeddings.
         patches (str, optional): from an image encoder: the convolution that cuts an
             image into patches. Patches are its last tokens, row by row.
-        reads (str, optional): which token a head reads, where it cannot be told from
-            what ran: the ``"first"`` or ``"last"`` attended one, or the ``"mean"`` of
-            all. None: say so instead of guessing. Default: ``"first"``.
+        pooling (str, optional): which token heads of the family read: the ``"first"``
+            or ``"last"`` attended one, or the ``"mean"`` of all. It counts with
+            ``readout="pooling"``, and where a head has no gradient. None: ask for
+            ``token_index``. Default: ``"first"``.
         shared (bool, optional): one module serves as several layers (ALBERT). Default:
             False.
         batch_first (bool, optional): hidden states are (batch, tokens, hidden), not
@@ -78,19 +85,21 @@ class Architecture:
     output_norm: str | None = None
     feed_forward_norm: str | None = None
     final_norm: str | None = None
-    attention_scale: str | None = None
-    feed_forward_scale: str | None = None
+    value: str | None = None
+    input_norm: str | None = None
+    attention_layer_scale: str | None = None
+    feed_forward_layer_scale: str | None = None
     embeddings: str | None = None
     positions: str | None = None
     patches: str | None = None
-    reads: Reads | None = "first"
+    pooling: Pooling | None = "first"
     shared: bool = False
     batch_first: bool = True
     only_if: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         after = (self.attention_norm, self.output_norm)
-        scales = (self.attention_scale, self.feed_forward_scale)
+        scales = (self.attention_layer_scale, self.feed_forward_layer_scale)
         if self.is_pre_norm:
             complete = after == (None, None)
         else:
@@ -98,12 +107,13 @@ class Architecture:
         if not complete:
             raise ValueError(
                 "an Architecture has either attention_norm and output_norm (post-LN) "
-                "or feed_forward_norm and, where there are any, attention_scale and "
-                f"feed_forward_scale (pre-LN), got {self}."
+                "or feed_forward_norm and, where there are any, attention_layer_scale "
+                f"and feed_forward_layer_scale (pre-LN), got {self}."
             )
-        if self.reads not in ("first", "last", "mean", None):
+        if self.pooling not in ("first", "last", "mean", None):
             raise ValueError(
-                f'reads must be "first", "last", "mean" or None, got {self.reads!r}.'
+                'pooling must be "first", "last", "mean" or None, got '
+                f"{self.pooling!r}."
             )
 
     @property

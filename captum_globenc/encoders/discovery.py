@@ -6,18 +6,21 @@ import transformers
 from packaging.version import Version
 from torch import nn
 
-from captum_globenc.architectures import (
+from captum_globenc.encoders.architecture import Architecture, Family
+from captum_globenc.encoders.registry import (
     family_of,
     model_type,
     names_of,
     reason_against,
     supported_model_types,
 )
+from captum_globenc.encoders.resolver import (
+    Encoder,
+    Resolver,
+    fits,
+    submodule,
+)
 from captum_globenc.errors import UnsupportedModelError
-from captum_globenc.layouts import Architecture, Family
-from captum_globenc.resolver import Encoder, LayerModules, Resolver, fits, submodule
-
-__all__ = ["Encoder", "LayerModules", "find_encoder", "refusals", "unsupported"]
 
 
 def find_encoder(root: nn.Module) -> Encoder | None:
@@ -126,3 +129,27 @@ def refusals(types: list[str]) -> str:
             "decomposition and explain it."
         )
     return " ".join(found)
+
+
+def no_encoder_ran(candidates: list[tuple[str, str | None]]) -> UnsupportedModelError:
+    """The error for a function in which no registered encoder ran.
+
+    Args:
+        candidates (list[tuple[str, str or None]]): class and model type of what ran.
+    """
+    reasons = refusals([kind for _, kind in candidates if kind is not None])
+    if reasons:
+        return UnsupportedModelError(
+            f"No supported encoder ran inside forward_func: {reasons}"
+        )
+    names = [
+        f"{name} of model type {kind!r}" if kind else name for name, kind in candidates
+    ]
+    seen = ", ".join(dict.fromkeys(names)) or "no torch.nn.Module"
+    return UnsupportedModelError(
+        "No supported encoder ran inside forward_func (seen: "
+        f"{seen}; supported model types: {', '.join(supported_model_types())})"
+        ". Pass the whole model as encoder=, or describe its layers with "
+        "captum_globenc.register_architecture. What torch.compile made of a function "
+        "cannot be seen: pass the function itself."
+    )

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import functools
+from collections.abc import Hashable, Iterable
 
 import torch
 from torch import Tensor
 
-from captum_globenc.parts import (
+from captum_globenc.encoders.parts import (
     LayerParts,
     Norm,
     image_of_fixed_vector,
     linear_map,
 )
+
+#: Random directions in which what a layer computes is compared with its parts.
+PROBES = 8
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -20,8 +24,8 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def through_norms(vectors: Tensor, norms: Sequence[Norm | None]) -> Tensor:
-    r"""The linear part of consecutive norms, without their scales and biases.
+def through_norms(vectors: Tensor, norms: Iterable[Norm]) -> Tensor:
+    r"""The linear part of consecutive norms, without their deviations and biases.
 
     :math:`M v = \gamma_k \odot C(\dots \gamma_1 \odot C(v))`, :math:`C` the centring,
     which an RMSNorm leaves out; with no norm, ``v`` itself. Source: equations 6 to 9 of
@@ -29,15 +33,25 @@ def through_norms(vectors: Tensor, norms: Sequence[Norm | None]) -> Tensor:
 
     Args:
         vectors (Tensor): any shape with the hidden size last.
-        norms (sequence of Norm or None): first applied first; None where no norm is.
+        norms (iterable of Norm): first applied first.
 
     Returns:
         *Tensor* of the shape of ``vectors``.
     """
     for norm in norms:
-        if norm is not None:
-            vectors = norm.linear(vectors)
+        vectors = norm.linear(vectors)
     return vectors
+
+
+@functools.lru_cache(maxsize=64)
+def random_signs(
+    rows: int, columns: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Fixed random directions of entries 1 and -1, (rows, columns)."""
+    with torch.inference_mode(False):
+        generator = torch.Generator().manual_seed(0)
+        signs = torch.randint(0, 2, (rows, columns), generator=generator) * 2 - 1
+        return signs.to(device, dtype)
 
 
 class LayerWeights:
@@ -47,48 +61,52 @@ class LayerWeights:
         parts (LayerParts): the modules.
 
     Attributes:
-        output (Tensor): :math:`W_O`, (hidden, heads × head size), scaled where the
-            attention branch is.
-        norms (tuple[Norm or None, ...]): the norm after the first residual, then those
-            after the second.
-        probe (Tensor): a fixed random direction :math:`p`, (hidden); see
-            :mod:`captum_globenc.reconstruction`.
-        output_probe (Tensor): :math:`W_O^\top p`, (heads × head size).
-        output_offset (Tensor): :math:`\langle p, b_O \rangle`, a scalar.
+        output (Tensor): :math:`W_O`, (hidden, heads × head size), multiplied by the
+            layer scale where there is one.
+        norms (dict[str, Norm]): the norms after the residuals, by their names in
+            :class:`~captum_globenc.Architecture`, in the order of their application.
+        probes (Tensor): fixed random directions, (hidden, probes); see
+            :mod:`captum_globenc.recording.verification`.
+        output_probes (Tensor): :math:`W_O^\top p`, (heads × head size, probes).
+        output_offset (Tensor): :math:`\langle p, b_O \rangle`, (probes).
+        directions (dict[str, Tensor]): norm → the vectors on which its input has the
+            projections that its output, times the deviation, has on the probes.
+        norm_offsets (dict[str, Tensor]): norm → the projections of its bias, (probes).
     """
 
     def __init__(self, parts: LayerParts) -> None:
         self._stamp = _stamp(parts)
-        self._values = _fingerprint(parts)
+        self._values = [value.clone() for value in _fingerprint(parts)]
         # Held so that no other tensor can take over the addresses in the stamp.
         self._held = parts.tensors()
         weight, bias = linear_map(parts.output)
         dtype = working_dtype(weight.dtype)
         hidden = weight.new_ones(len(weight), dtype=dtype)
-        self.output = weight.to(dtype)
+        # Copies: what is kept must not change with the model.
+        self.output = weight.to(dtype, copy=True)
         offset = 0 * hidden if bias is None else bias.to(dtype)
-        if parts.scale is not None:
-            scale = parts.scale.detach().to(dtype)
+        if parts.layer_scale is not None:
+            scale = parts.layer_scale.detach().to(dtype)
             self.output, offset = scale[:, None] * self.output, scale * offset
-        # Copies: the linear maps folded below must not change under their key.
-        self.norms = tuple(
-            None if norm is None else Norm.of(norm, hidden) for norm in parts.norms
-        )
-        generator = torch.Generator().manual_seed(0)
-        probe = torch.randn(hidden.shape, generator=generator, dtype=torch.float64)
-        self.probe = probe.to(hidden)
-        self.output_probe = self.output.T @ self.probe
-        self.output_offset = offset @ self.probe
-        self._directions = [
-            None if norm is None else norm.transposed(self.probe) for norm in self.norms
-        ]
-        self._offsets = [
-            None if norm is None else norm.beta @ self.probe for norm in self.norms
-        ]
-        self._grams: dict[int | None, Tensor] = {}
+        self.norms = {name: Norm.of(m, hidden) for name, m in parts.norms.items()}
+        self.probes = random_signs(len(hidden), PROBES, dtype, hidden.device)
+        self.output_probes = self.output.T @ self.probes
+        self.output_offset = offset @ self.probes
+        self.directions = {
+            name: norm.transposed(self.probes.T).T for name, norm in self.norms.items()
+        }
+        self.norm_offsets = {
+            name: norm.beta @ self.probes for name, norm in self.norms.items()
+        }
+        self._grams: dict[tuple[tuple[str, ...], int], Tensor] = {}
 
-    def gram(self, norms: int | None, heads: int) -> Tensor:
-        r""":math:`K = (M W_O)^\top M W_O`, with the first ``norms`` norms in M.
+    @property
+    def centred(self) -> dict[str, bool]:
+        """Norm → whether it takes the mean away."""
+        return {name: norm.centred for name, norm in self.norms.items()}
+
+    def gram(self, norms: tuple[str, ...], heads: int) -> Tensor:
+        r""":math:`K = (M W_O)^\top M W_O`, with these norms in M.
 
         Two head values :math:`v, v'` of one token have
         :math:`\langle M W_O^h v, M W_O^{h'} v' \rangle = v^\top K^{hh'} v'`: the
@@ -96,40 +114,25 @@ class LayerWeights:
         of K is enough, so its blocks are folded onto the upper triangle.
 
         Args:
-            norms (int or None): how many of the norms follow; None: all.
+            norms (tuple[str, ...]): names of the norms that follow.
             heads (int): the number of heads.
 
         Returns:
             *Tensor* of shape (heads × head size, heads × head size): the blocks
             :math:`h = h'` as they are, those of :math:`h < h'` doubled, the rest zero.
         """
-        if norms not in self._grams:
-            mapped = through_norms(self.output.T, self.norms[:norms])
+        key = (norms, heads)
+        if key not in self._grams:
+            mapped = through_norms(self.output.T, (self.norms[n] for n in norms))
             gram = mapped @ mapped.T
             size = len(gram) // heads
             blocks = gram.new_full((heads, heads), 2).triu(1) + torch.eye(heads).to(
                 gram
             )
-            self._grams[norms] = gram * blocks.repeat_interleave(
+            self._grams[key] = gram * blocks.repeat_interleave(
                 size, 0
             ).repeat_interleave(size, 1)
-        return self._grams[norms]
-
-    def normed(self, norm: int, vectors: Tensor, scale: Tensor) -> Tensor:
-        r"""The projection on :math:`p` of what a norm makes of its inputs.
-
-        Args:
-            norm (int): which of the norms.
-            vectors (Tensor): its inputs, (..., hidden).
-            scale (Tensor): their true standard deviations, (...).
-
-        Returns:
-            *Tensor* of shape (...).
-        """
-        direction, offset = self._directions[norm], self._offsets[norm]
-        assert direction is not None
-        assert offset is not None
-        return vectors.to(direction.dtype) @ direction / scale + offset
+        return self._grams[key]
 
     def is_current(self, parts: LayerParts) -> bool:
         """Whether the modules still hold the weights that this was made from.
@@ -166,5 +169,5 @@ def _stamp(parts: LayerParts) -> Hashable:
 
 def _fingerprint(parts: LayerParts) -> list[Tensor]:
     """What the output map makes of a fixed vector, and all weights that are vectors."""
-    vectors = [tensor.clone() for tensor in parts.tensors() if tensor.ndim == 1]
+    vectors = [tensor for tensor in parts.tensors() if tensor.ndim == 1]
     return [image_of_fixed_vector(parts.output), *vectors]

@@ -1,0 +1,1 @@
+"""Methods by name, and texts explained by several of them."""

@@ -1,0 +1,1 @@
+"""What each token takes from every other, layer by layer and over all layers."""

@@ -1,0 +1,30 @@
+"""What a method of one layer is: a function, and whether its numbers have a sign."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from captum_globenc.recording.records import LayerRecord, Receivers
+
+#: A block of receivers → n_ij, (batch, receivers, sources).
+Rows = Callable[[Receivers], Tensor]
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """How much each receiver of a layer takes from each source.
+
+    Args:
+        name (str): what it is called.
+        rows (Callable): :class:`~captum_globenc.recording.records.LayerRecord` → rows:
+            what belongs to the sources is prepared once per layer, and ``rows(block)``
+            gives :math:`n_{ij}` of a block of receivers, (batch, receivers, sources).
+        is_signed (bool, optional): values below 0 occur. Default: False.
+    """
+
+    name: str
+    rows: Callable[[LayerRecord], Rows]
+    is_signed: bool = False

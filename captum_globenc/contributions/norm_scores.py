@@ -1,0 +1,267 @@
+r"""How much each receiver takes from each source in one layer: the eight local scores.
+
+A score is a function ``record → rows``: it prepares what belongs to the sources, once
+per layer, and ``rows(receivers)`` then gives :math:`n_{ij}` for a block of receivers,
+as (batch, receivers, sources). Sources: Kobayashi et al. 2020 (arXiv:2004.10102) for N
+and W, 2021 (arXiv:2109.07152) for N_RES and N_RES_LN, Modarressi et al. 2022
+(arXiv:2205.03286) for N_ENC, and Abnar & Zuidema 2020 (arXiv:2005.00928) for the fixed
+residuals.
+
+No vector of the hidden size is made per pair of tokens. In every norm-based score the
+vector is :math:`c_i M (a_{ij} + \delta_{ij} x_i)` with one linear map M for all tokens
+(in N without :math:`\delta_{ij} x_i`), so off the diagonal
+
+.. math::
+    n_{ij}^2 = c_i^2 \sum_{h,h'} \alpha^h_{ij} \alpha^{h'}_{ij} G_j[h,h'], \qquad
+    G_j[h,h'] = \langle M f^h(x_j), M f^{h'}(x_j) \rangle ,
+
+and on the diagonal there is one vector per token.
+
+The paper covers post-LN layers. In a pre-LN layer no norm follows the residuals, so M
+is the identity and N_RES_LN and N_ENC are N_RES; a norm after the last layer belongs to
+the M of that layer's N_ENC. An RMSNorm has no centring. A LayerScale is a part of the
+f^h. These are extensions of this project.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from captum_globenc.contributions.contribution import Contribution, Rows
+from captum_globenc.encoders.parts import NORMS, Norm
+from captum_globenc.encoders.weights import through_norms
+from captum_globenc.errors import named
+from captum_globenc.recording.records import LayerRecord, Receivers, take
+
+# The norms that a score's vectors go through; a layer has some of them.
+_NO_NORM: tuple[str, ...] = ()
+_FIRST_NORM = ("attention_norm",)
+# How many tokens and heads are multiplied at once: few enough to stay in the cache and
+# to leave out most of the symmetric half, enough to keep the processor busy.
+_TOKEN_CHUNK = 512
+_HEAD_GROUP = 6
+
+
+def attention_weights(record: LayerRecord) -> Rows:
+    r"""``W``: :math:`\frac{1}{H} \sum_h \alpha^h_{ij}`."""
+    return lambda receivers: record.attention(receivers).mean(1)
+
+
+def attention_weights_fixed_residual(record: LayerRecord) -> Rows:
+    r"""``W_FIXED_RES``: :math:`\frac12 W + \frac12 I` (Abnar & Zuidema 2020)."""
+    weights = attention_weights(record)
+    return lambda receivers: _halve_onto_identity(weights(receivers), receivers)
+
+
+def attention_weights_residual(record: LayerRecord) -> Rows:
+    r"""``W_RES``: W off the diagonal, mixed with the residual as N_ENC mixes them.
+
+    The off-diagonal part of each row of W is scaled to sum to :math:`r_i` and the
+    diagonal is :math:`1 - r_i`, where
+
+    .. math::
+        r_i = \frac{\|\sum_{j \ne i} g^2_{ij}\|}
+                   {\|\sum_{j \ne i} g^2_{ij}\| + \|g^2_{ii}\|}
+
+    (Kobayashi et al. 2021, section 4, with the vectors of N_ENC). A token that attends
+    to itself alone takes everything from itself.
+    """
+
+    def rows(receivers: Receivers) -> Tensor:
+        alpha = record.attention(receivers)
+        own = _own_vectors(record, alpha, receivers, through=NORMS)
+        context = torch.einsum(
+            "bhij,bhjd->bihd", alpha, record.call.value.to(record.dtype)
+        )
+        mixed = context.flatten(2) @ record.weights.output.T
+        mixed = mixed + take(record.hidden, receivers).to(record.dtype)
+        scale = _deviation(record, receivers, through=NORMS)[..., None]
+        others = through_norms(mixed, _norms(record, NORMS).values()) / scale - own
+        ratio = others.norm(dim=-1)
+        ratio = ratio / (ratio + own.norm(dim=-1))
+        off = _set_diagonal(alpha.mean(1), receivers, torch.zeros_like(ratio))
+        total = off.sum(-1, keepdim=True)
+        ratio = ratio[..., None].masked_fill(total == 0, 0)
+        off = off / total.masked_fill(total == 0, 1) * ratio
+        return _set_diagonal(off, receivers, 1 - ratio[..., 0])
+
+    return rows
+
+
+def norms(record: LayerRecord) -> Rows:
+    r"""``N``: :math:`\|a_{ij}\|`, :math:`a_{ij} = \sum_h \alpha^h_{ij} f^h(x_j)`."""
+    gram = _source_gram(record, through=_NO_NORM)
+    return lambda receivers: _quadratic(gram, record.attention(receivers))
+
+
+def norms_fixed_residual(record: LayerRecord) -> Rows:
+    r"""``N_FIXED_RES``: :math:`\frac12 N / \mathrm{rowsum}(N) + \frac12 I`."""
+    unmixed = norms(record)
+
+    def rows(receivers: Receivers) -> Tensor:
+        values = unmixed(receivers)
+        total = values.sum(-1, keepdim=True)
+        return _halve_onto_identity(
+            values / total.masked_fill(total == 0, 1), receivers
+        )
+
+    return rows
+
+
+def norms_residual(record: LayerRecord) -> Rows:
+    r"""``N_RES``: :math:`\|a_{ij} + \delta_{ij} x_i\|`."""
+    return _norms_through(record, through=_NO_NORM)
+
+
+def norms_residual_layernorm(record: LayerRecord) -> Rows:
+    r"""``N_RES_LN``: :math:`\|g^1_{ij}\|`, to the LayerNorm after the attention.
+
+    :math:`g^1_{ij} = \gamma_1 \odot C(a_{ij} + \delta_{ij} x_i) / s^1_i`.
+    """
+    return _norms_through(record, through=_FIRST_NORM)
+
+
+def norms_encoder(record: LayerRecord) -> Rows:
+    r"""``N_ENC``: :math:`\|g^2_{ij}\|`, the whole encoder layer.
+
+    :math:`g^2_{ij} = \gamma_2 \odot C(g^1_{ij}) / s^2_i` (Modarressi et al. 2022).
+    """
+    return _norms_through(record, through=NORMS)
+
+
+#: Every local score by its name.
+LOCAL_SCORES: dict[str, Contribution] = {
+    name: Contribution(name, rows)
+    for name, rows in {
+        "W": attention_weights,
+        "W_FIXED_RES": attention_weights_fixed_residual,
+        "W_RES": attention_weights_residual,
+        "N": norms,
+        "N_FIXED_RES": norms_fixed_residual,
+        "N_RES": norms_residual,
+        "N_RES_LN": norms_residual_layernorm,
+        "N_ENC": norms_encoder,
+    }.items()
+}
+
+
+def local_score(name: str) -> Contribution:
+    """The local score of this name.
+
+    Raises:
+        InputError: there is none.
+    """
+    return named(LOCAL_SCORES, name, "local score")
+
+
+def _norms_through(record: LayerRecord, through: tuple[str, ...]) -> Rows:
+    r""":math:`c_i \|M (a_{ij} + \delta_{ij} x_i)\|`, M of these norms."""
+    gram = _source_gram(record, through)
+
+    def rows(receivers: Receivers) -> Tensor:
+        alpha = record.attention(receivers)
+        own = _own_vectors(record, alpha, receivers, through).norm(dim=-1)
+        values = _quadratic(gram, alpha)
+        values = values / _deviation(record, receivers, through)[..., None]
+        return _set_diagonal(values, receivers, own)
+
+    return rows
+
+
+def _source_gram(record: LayerRecord, through: tuple[str, ...]) -> Tensor:
+    """G_j of every source, folded onto its upper triangle (off the diagonal doubled).
+
+    Returns:
+        *Tensor* of shape (batch, sources, heads, heads), upper triangular, with the
+        same quadratic form as G.
+    """
+    value = record.call.value.to(record.dtype).transpose(1, 2).contiguous()
+    batch, tokens, heads, size = value.shape
+    names = tuple(_norms(record, through))
+    folded = record.weights.gram(names, heads).view(heads, size, heads * size)
+    value = value.view(batch * tokens, heads, size)
+    gram = value.new_zeros(batch * tokens, heads, heads)
+    for first in range(0, batch * tokens, _TOKEN_CHUNK):
+        chunk = value[first : first + _TOKEN_CHUNK]
+        for head in range(0, heads, _HEAD_GROUP):
+            # v^h K^{hh'} for a group of heads h with all heads h' from its first on,
+            # then the product of each with v^h'.
+            group = slice(head, head + _HEAD_GROUP)
+            mapped = chunk[:, group].transpose(0, 1) @ folded[group, :, head * size :]
+            mapped = mapped.view(-1, len(chunk), heads - head, size)
+            products = mapped.mul_(chunk[:, head:]).sum(-1)
+            gram[first : first + _TOKEN_CHUNK, group, head:] = products.transpose(0, 1)
+    return gram.view(batch, tokens, heads, heads)
+
+
+def _quadratic(gram: Tensor, alpha: Tensor) -> Tensor:
+    """Sqrt of the quadratic form of each pair, clamped at 0 against rounding.
+
+    Args:
+        gram (Tensor): (batch, sources, heads, heads).
+        alpha (Tensor): (batch, heads, receivers, sources).
+
+    Returns:
+        *Tensor* of shape (batch, receivers, sources).
+    """
+    by_source = alpha.permute(0, 3, 1, 2)
+    squares = (gram @ by_source).mul_(by_source).sum(2)
+    return squares.clamp_(min=0).sqrt_().transpose(1, 2)
+
+
+def _own_vectors(
+    record: LayerRecord, alpha: Tensor, receivers: Receivers, through: tuple[str, ...]
+) -> Tensor:
+    """c_i M (a_ii + x_i), the vectors on the diagonal, (batch, receivers, hidden)."""
+    own = _diagonal(alpha, receivers)[..., None]  # (batch, receivers, heads, 1)
+    value = take(record.call.value.transpose(1, 2), receivers).to(record.dtype)
+    vectors = (own * value).flatten(2) @ record.weights.output.T
+    vectors = vectors + take(record.hidden, receivers).to(record.dtype)
+    vectors = through_norms(vectors, _norms(record, through).values())
+    return vectors / _deviation(record, receivers, through)[..., None]
+
+
+def _deviation(
+    record: LayerRecord, receivers: Receivers, through: tuple[str, ...]
+) -> Tensor:
+    """1 / c_i: the product of the norms' standard deviations, (batch, receivers)."""
+    ones = torch.ones_like(record.token_mask, dtype=record.dtype)
+    product = take(ones, receivers)
+    for name in _norms(record, through):
+        product = product * take(record.deviations[name], receivers)
+    return product
+
+
+def _norms(record: LayerRecord, through: tuple[str, ...]) -> dict[str, Norm]:
+    """Those of these norms that the layer has, in order."""
+    norms = record.weights.norms
+    return {name: norms[name] for name in through if name in norms}
+
+
+def _positions(values: Tensor, receivers: Receivers) -> Tensor:
+    """The sources on the diagonal of a block, (batch, receivers)."""
+    tokens = torch.arange(values.shape[-1], device=values.device)
+    if isinstance(receivers, slice):
+        return tokens[receivers].expand(values.shape[0], -1)
+    return receivers
+
+
+def _diagonal(alpha: Tensor, receivers: Receivers) -> Tensor:
+    """α_ii of a block, (batch, receivers, heads)."""
+    index = _positions(alpha, receivers)[:, None, :, None]
+    index = index.expand(-1, alpha.shape[1], -1, -1)
+    return alpha.gather(-1, index)[..., 0].transpose(1, 2)
+
+
+def _set_diagonal(values: Tensor, receivers: Receivers, diagonal: Tensor) -> Tensor:
+    """``values`` with this diagonal, (batch, receivers), in place."""
+    index = _positions(values, receivers)[..., None]
+    return values.scatter_(-1, index, diagonal[..., None])
+
+
+def _halve_onto_identity(values: Tensor, receivers: Receivers) -> Tensor:
+    """½ values + ½ I."""
+    index = _positions(values, receivers)[..., None]
+    half = torch.full_like(values[..., :1], 0.5)
+    return (values / 2).scatter_add_(-1, index, half)

@@ -1,0 +1,1 @@
+"""The table of families, and where the parts of a model are."""

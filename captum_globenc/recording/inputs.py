@@ -1,0 +1,230 @@
+"""What goes into an encoder: checked where it arrives, and compared with the inputs."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator, Mapping
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_globenc.encoders.resolver import Encoder
+from captum_globenc.errors import InputError
+from captum_globenc.recording.records import Grid
+
+
+def check_mask_argument(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    shape: tuple[int, int],
+) -> Tensor | None:
+    """The mask (batch, tokens) that a module is called with, None for any other.
+
+    Raises:
+        InputError: it has another shape, or hides every token of an example.
+    """
+    try:
+        arguments = inspect.signature(module.forward).bind_partial(*args, **kwargs)
+    except TypeError:
+        return None  # The module itself says what is wrong.
+    mask = arguments.arguments.get("attention_mask")
+    if mask is None:
+        mask = arguments.arguments.get("kwargs", {}).get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.ndim == 4:
+        return None
+    if tuple(mask.shape) != tuple(shape):
+        raise InputError(
+            f"the attention mask has shape {tuple(mask.shape)}, and "
+            f"(batch, tokens) = {tuple(shape)} is expected."
+        )
+    return mask
+
+
+def check_lookup(ids: Tensor, weights: Tensor, encoder: Encoder) -> None:
+    """Check ids or positions before they are looked up.
+
+    Args:
+        ids (Tensor): of any shape.
+        weights (Tensor): of the table.
+        encoder (Encoder): knows its tables.
+
+    Raises:
+        InputError: ids that are no integers or not in the vocabulary, or more tokens
+            than positions.
+    """
+    size = len(weights)
+    if weights is encoder.token_weights:
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise InputError(f"input ids must be integers, got {ids.dtype}.")
+        wrong = ids[(ids < 0) | (ids >= size)]
+        if wrong.numel():
+            raise InputError(
+                f"input id {int(wrong[0])} is outside the vocabulary of {size} "
+                f"(ids 0 to {size - 1}). Does the tokenizer belong to the model?"
+            )
+    elif encoder.positions is not None and weights is encoder.positions.weight:
+        check_length(ids, encoder)
+
+
+def check_image(args: tuple[Any, ...]) -> None:
+    """Raise where embeddings of an image model are called with something else."""
+    image = args[0] if args else None
+    if isinstance(image, Tensor) and image.ndim != 4:
+        raise InputError(
+            "the model takes images, pixel_values of shape (batch, channels, height, "
+            f"width), got shape {tuple(image.shape)}."
+        )
+
+
+def check_length(inputs: Tensor, encoder: Encoder) -> None:
+    """Check that the model has a position for every token.
+
+    Args:
+        inputs (Tensor): ids (..., tokens) or embeddings (batch, tokens, hidden).
+        encoder (Encoder): knows its positions.
+
+    Raises:
+        InputError: there are more tokens than positions.
+    """
+    most = encoder.max_tokens
+    if most is None or encoder.patches is not None:
+        return
+    tokens = inputs.shape[-2] if inputs.is_floating_point() else inputs.shape[-1]
+    if tokens > most:
+        raise InputError(
+            f"the input has {tokens} tokens and the model has positions for {most}: "
+            "shorten the text, or truncate when tokenizing (truncation=True, "
+            f"max_length={most})."
+        )
+
+
+def check_shape(inputs: Tensor, token_mask: Tensor, grid: Grid | None) -> None:
+    """Check that the encoder saw as many tokens, or an image.
+
+    Multiple-choice models fold (batch, choices, ...) into one batch.
+
+    Args:
+        inputs (Tensor): what ``attribute`` was given.
+        token_mask (Tensor): (batch, tokens) of the run.
+        grid (Grid or None): the patches of its image.
+
+    Raises:
+        InputError: the encoder saw something of another shape.
+    """
+    batch, tokens = token_mask.shape
+    if grid is not None:
+        fits = inputs.ndim == 4 and batch == len(inputs)
+        if fits and not inputs.is_floating_point():
+            raise InputError(
+                f"images must be floating point to be attributed, got {inputs.dtype}: "
+                "pass images.float()."
+            )
+    else:
+        leading = inputs.shape[:-1] if inputs.is_floating_point() else inputs.shape
+        fits = (leading[:-1].numel(), leading[-1]) == (batch, tokens)
+    if not fits:
+        seen = f"(batch, tokens) = {(batch, tokens)}"
+        if grid is not None:
+            seen += f", images of {grid.rows} by {grid.columns} patches"
+        raise InputError(
+            f"inputs have shape {tuple(inputs.shape)} and the encoder saw {seen}; "
+            "inputs must be its ids (batch, tokens), embeddings (batch, tokens, "
+            "hidden) or images (batch, channels, height, width)."
+        )
+
+
+def check_arrival(
+    inputs: Tensor,
+    lookups: list[tuple[Tensor, Tensor]],
+    arrived: list[Tensor],
+    token_table: Tensor | None,
+    embeddings: list[Tensor],
+    embedded: list[Tensor],
+) -> None:
+    """Check that the encoder ran on the inputs, and on nothing else.
+
+    Args:
+        inputs (Tensor): what ``attribute`` was given.
+        lookups (list[tuple[Tensor, Tensor]]): ids and the table in which they were
+            looked up, in front of the first layer.
+        arrived (list[Tensor]): embeddings, images or hidden states that went into the
+            encoder, its embeddings and its first layer.
+        token_table (Tensor or None): the weights of the table of tokens, where known.
+        embeddings (list[Tensor]): what went into the encoder as ``inputs_embeds``.
+        embedded (list[Tensor]): what lookups of tokens gave.
+
+    Raises:
+        InputError: the encoder saw something else.
+    """
+    if inputs.is_floating_point():
+        if any(_equal(values, inputs) for values in arrived):
+            return
+    else:
+        by_table: dict[int, list[Tensor]] = {}
+        for ids, table in lookups:
+            by_table.setdefault(id(table), []).append(ids)
+        known = by_table.get(id(token_table))
+        candidates = list(by_table.values()) if known is None else [known]
+        are_inputs = any(
+            all(_equal(ids, inputs) for ids in group) for group in candidates
+        )
+        if are_inputs and all(
+            any(given is values or _equal(given, values) for values in embedded)
+            for given in embeddings
+        ):
+            return
+    kind = {2: "ids", 3: "embeddings", 4: "images"}.get(inputs.ndim, "inputs")
+    kind = kind if inputs.is_floating_point() else "ids"
+    raise InputError(
+        f"the encoder did not run on the {kind} that attribute was given: forward_func "
+        "changes them on the way (it sorts, flips, shifts, crops, scales or replaces "
+        "them), so scores would belong to other tokens. Make these changes before, and "
+        f"pass attribute the {kind} that arrive at the encoder."
+    )
+
+
+def _equal(values: Tensor, inputs: Tensor) -> bool:
+    """Whether they are the same, but for folded leading dimensions, dtype and device.
+
+    Ids may be (tokens, batch), images resized as a whole and normalised by channel.
+    """
+    values, inputs = values.detach(), inputs.detach().to(values)
+    if inputs.ndim == values.ndim == 4:
+        return any(_is_normalised(values, image) for image in _resized(inputs, values))
+    if values.numel() != inputs.numel():
+        return False
+    if values.ndim == 2 and torch.equal(values, inputs.mT):
+        return True
+    return values.shape[-1] == inputs.shape[-1] and torch.equal(
+        values.reshape(inputs.shape), inputs
+    )
+
+
+def _resized(images: Tensor, like: Tensor) -> Iterator[Tensor]:
+    """Images in the size of others, by all usual kinds of interpolation."""
+    if images.shape == like.shape:
+        yield images
+    elif images.shape[:2] == like.shape[:2]:
+        resize = functools.partial(
+            nn.functional.interpolate, images, size=like.shape[2:]
+        )
+        yield resize(mode="nearest")
+        yield resize(mode="area")
+        for mode, antialias in product(("bilinear", "bicubic"), (False, True)):
+            yield resize(mode=mode, antialias=antialias)
+
+
+def _is_normalised(values: Tensor, images: Tensor) -> bool:
+    """Whether each channel is the image's, times a number plus a number."""
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    true, plain = (t.to(dtype).transpose(0, 1).flatten(1) for t in (values, images))
+    varied = plain - plain.mean(1, keepdim=True)
+    square = varied.square().sum(1, keepdim=True)
+    slope = (varied * true).sum(1, keepdim=True) / square.clamp(min=1e-30)
+    rest = true - true.mean(1, keepdim=True) - slope * varied
+    limit = 64 * torch.finfo(values.dtype).eps * true.abs().amax(1, keepdim=True)
+    return bool((rest.abs() <= limit).all() & (slope != 0).all())

@@ -1,0 +1,280 @@
+"""What one run of an encoder leaves behind: O(tokens × hidden) per layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+
+from captum_globenc.encoders.weights import LayerWeights, random_signs
+from captum_globenc.errors import InputError
+from captum_globenc.recording.attention import AttentionCall, attention_weights
+from captum_globenc.recording.verification import check, rounding_unit, tolerance
+
+#: A block of receivers: the same positions for all examples, or (batch, receivers)
+#: positions of each.
+Receivers = slice | Tensor
+# Random directions of the head size in which attention outputs are compared.
+_DIRECTIONS = 3
+
+
+def take(
+    values: Shaped[Tensor, "batch tokens *rest"], receivers: Receivers
+) -> Shaped[Tensor, "batch receivers *rest"]:
+    """The chosen receivers along dimension 1.
+
+    Args:
+        values (Tensor): (batch, tokens, ...).
+        receivers (slice or Tensor): a block of receivers.
+
+    Returns:
+        *Tensor* of shape (batch, receivers, ...).
+    """
+    if isinstance(receivers, slice):
+        return values[:, receivers]
+    examples = torch.arange(values.shape[0], device=values.device)[:, None]
+    return values[examples, receivers]
+
+
+class Version(NamedTuple):
+    """A tensor of the model's and how often it had been written to."""
+
+    tensor: Tensor
+    number: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Version:
+        """The version that a tensor has now."""
+        return cls(tensor, tensor._version)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the tensor has not been written to since."""
+        return self.tensor._version == self.number
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    r"""One layer's run.
+
+    Args:
+        name (str): the layer's name in the model.
+        call (AttentionCall): what attention took and gave; ``context`` is empty.
+        hidden (Tensor): the layer's input :math:`x`, (batch, tokens, hidden).
+        deviations (dict[str, Tensor]): the true denominators :math:`s_i` of the norms
+            after the residuals, (batch, tokens) each, by the norm's name.
+        hidden_probe (Tensor): ``hidden`` in a random direction, (batch, tokens).
+        value_probe (Tensor): the values in a few random directions, and their size,
+            (batch, heads, directions + 1, tokens).
+        context_probe (Tensor): likewise the attention's output: what the attention
+            weights must reproduce from the values.
+        weights (LayerWeights): the layer's prepared weights.
+        token_mask (Tensor): (batch, tokens), False at padding.
+        replay (Callable): runs the layer again with another attention, see
+            :meth:`captum_globenc.EncoderRun.replay`.
+        versions (tuple[Version, ...]): of the model's tensors that are kept here.
+    """
+
+    name: str
+    call: AttentionCall
+    hidden: Float[Tensor, "batch tokens hidden"]
+    deviations: dict[str, Tensor]
+    hidden_probe: Float[Tensor, "batch tokens"]
+    value_probe: Float[Tensor, "batch heads directions tokens"]
+    context_probe: Float[Tensor, "batch heads directions tokens"]
+    weights: LayerWeights
+    replay: Callable[..., Tensor]
+    versions: tuple[Version, ...]
+    token_mask: Bool[Tensor, "batch tokens"]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the layer is decomposed."""
+        return self.weights.probes.dtype
+
+    @property
+    def heads(self) -> int:
+        """The number of attention heads."""
+        return self.call.value.shape[1]
+
+    def attention(
+        self, receivers: Receivers
+    ) -> Float[Tensor, "batch heads receivers sources"]:
+        r""":math:`\alpha^h_{ij}` of a block of receivers, checked against the run.
+
+        Args:
+            receivers (slice or Tensor): the block.
+
+        Returns:
+            *Tensor* of shape (batch, heads, receivers, sources). Where it is made here
+            from queries and keys, the receivers are last in memory, as the quadratic
+            form over heads wants it.
+
+        Raises:
+            ReconstructionError: these attention weights do not give the attention
+                output that the model computed.
+        """
+        call, unit = self.call, rounding_unit(self.call.value.dtype, self.hidden.dtype)
+        limit = tolerance(unit, self.dtype, sum(call.value.shape[2:]))
+        slack: float | Tensor = 1.0
+        if call.weights is not None:
+            rows = take(call.weights.transpose(1, 2), receivers).to(self.dtype)
+            rows = rows.nan_to_num(nan=0.0)  # Of padding that attends to nothing.
+            alpha = rows.permute(0, 2, 3, 1)
+        else:
+            assert call.query is not None
+            assert call.key is not None
+            query = take(call.query.transpose(1, 2), receivers).to(self.dtype)
+            key = call.key.to(self.dtype)
+            alpha = attention_weights(
+                query.transpose(1, 2), key, self._mask_of(receivers), call.softmax_scale
+            )
+            # Rounding of a logit is that of the product, and exp makes it relative.
+            largest = query.norm(dim=-1) * call.softmax_scale
+            largest = largest.transpose(1, 2) * key.norm(dim=-1).amax(-1, keepdim=True)
+            slack = 1 + largest * (torch.finfo(self.dtype).eps / limit)
+        rebuilt = self.value_probe @ alpha
+        true = take(self.context_probe.permute(0, 3, 1, 2), receivers)
+        true = true.permute(0, 2, 3, 1)
+        check(
+            self.name,
+            "the attention output",
+            (true - rebuilt)[:, :, :-1].norm(dim=2),
+            (true + rebuilt)[:, :, -1] * slack,
+            take(self.token_mask, receivers)[:, None],
+            limit,
+        )
+        return alpha.transpose(2, 3)
+
+    def examples(self, chosen: slice) -> LayerRecord:
+        """The record of some of the examples, sharing memory with this one."""
+        call = self.call
+        mask = call.mask
+        parts = {
+            name: None if part is None else part[chosen]
+            for name in ("value", "context", "weights", "query", "key")
+            for part in [getattr(call, name)]
+        }
+        if mask is not None and len(mask) > 1:
+            mask = mask[chosen]
+        return replace(
+            self,
+            call=call._replace(**parts, mask=mask),
+            hidden=self.hidden[chosen],
+            deviations={name: s[chosen] for name, s in self.deviations.items()},
+            hidden_probe=self.hidden_probe[chosen],
+            value_probe=self.value_probe[chosen],
+            context_probe=self.context_probe[chosen],
+            token_mask=self.token_mask[chosen],
+        )
+
+    def change(self) -> Tensor:
+        """How much the kept tensors differ from those of the run, a scalar.
+
+        Writing through ``tensor.data`` or numpy bumps no version, so values are
+        compared, too.
+        """
+        with torch.no_grad(), torch.autocast(self.hidden.device.type, enabled=False):
+            hidden = self.hidden.to(self.dtype) @ self.weights.probes[:, 0]
+            value = self.call.value.to(self.dtype)
+            value = value @ head_signs(value)[:, 0]
+            pairs = (
+                (hidden, self.hidden_probe),
+                (value, self.value_probe[:, :, 0]),
+            )
+            changes = [
+                (now - then).abs().amax() / then.abs().amax() for now, then in pairs
+            ]
+            return torch.stack(changes).nan_to_num(0.0, posinf=torch.inf).amax()
+
+    def _mask_of(self, receivers: Receivers) -> Tensor | None:
+        """The mask of a block, (batch, heads, receivers, sources)."""
+        mask = self.call.mask
+        if mask is None or mask.shape[2] == 1:
+            return mask
+        mask = mask.transpose(1, 2).expand(len(self.hidden), -1, -1, -1)
+        return take(mask, receivers).transpose(1, 2)
+
+
+def probed(vectors: Float[Tensor, "*heads tokens size"]) -> Tensor:
+    """Vectors in a few random directions, and as a last row their size there.
+
+    Args:
+        vectors (Tensor): (..., tokens, size).
+
+    Returns:
+        *Tensor* of shape (..., directions + 1, tokens).
+    """
+    size = vectors.norm(dim=-1) * _DIRECTIONS**0.5
+    return torch.cat([head_signs(vectors).T @ vectors.mT, size[..., None, :]], -2)
+
+
+def head_signs(like: Tensor) -> Tensor:
+    """The random directions for vectors of this size, (size, directions)."""
+    return random_signs(like.shape[-1], _DIRECTIONS, like.dtype, like.device)
+
+
+class Grid(NamedTuple):
+    """The patches of an image: an encoder's last tokens, row by row.
+
+    Args:
+        rows (int): how many, from top to bottom.
+        columns (int): how many, from left to right.
+        height (float): the share of the image's height that they cover; what makes no
+            whole patch is left over at the bottom.
+        width (float): likewise of its width, from the left.
+    """
+
+    rows: int
+    columns: int
+    height: float = 1.0
+    width: float = 1.0
+
+
+@dataclass(frozen=True)
+class Readout:
+    """How much a head reads of every hidden state.
+
+    Args:
+        weights (dict[int, Tensor]): layer → (batch, tokens), the share of each token of
+            the layer's output; 0 is the output of the embeddings. The shares of an
+            example sum to 1. The last layer is always there.
+        receivers (Tensor or None): (batch, 1), the tokens of the last layer that are
+            read, where it is one of each example; None: several.
+    """
+
+    weights: dict[int, Float[Tensor, "batch tokens"]]
+    receivers: Int[Tensor, "batch 1"] | None
+
+    @classmethod
+    def of_tokens(
+        cls, layers: int, index: Tensor, tokens: int, dtype: torch.dtype
+    ) -> Readout:
+        """One token of the last layer of each example, (batch)."""
+        weights = torch.nn.functional.one_hot(index, tokens).to(dtype)
+        return cls({layers: weights}, index[:, None])
+
+
+def check_unchanged(layers: Sequence[LayerRecord]) -> None:
+    """Raise where tensors of a run have been written to since.
+
+    Args:
+        layers (sequence of LayerRecord): the layers of a run.
+
+    Raises:
+        InputError: a tensor has been.
+    """
+    changes = torch.stack([layer.change() for layer in layers]).tolist()
+    for layer, change in zip(layers, changes):
+        # Sums in another order; what is written is far more than rounding.
+        same = change <= 16 * tolerance(0.0, layer.dtype, layer.hidden.shape[-1])
+        if not same or not all(version.is_current for version in layer.versions):
+            raise InputError(
+                f"layer {layer.name!r}: tensors of its run were changed in place after "
+                "it, by forward_func or later, so that they are no longer what the "
+                "layer computed with. Change copies (tensor.clone()) instead."
+            )
