@@ -507,3 +507,14 @@ def test_page_follows_the_direction_of_the_text(text, direction) -> None:
     page = to_html(made(["[CLS]", "x"], [1.0, 2.0], text=text))
     assert f'<p class="tokens" dir="{direction}"' in page
     assert '<h1 dir="auto"' in page
+
+
+@pytest.mark.parametrize(
+    ("names", "label"), [(None, "1"), ({"0": "no", "1": "yes"}, "yes")], ids=str
+)
+def test_labels_without_names_or_with_keys_of_text(names, label) -> None:
+    model, tokenizer = demo.load_classifier()
+    model.config.id2label = names
+    assert (
+        explain(model, tokenizer, "A film.", "random", target=1).target.label == label
+    )

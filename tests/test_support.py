@@ -348,9 +348,10 @@ def test_every_layer_sees_the_same_tokens() -> None:
 def test_a_wrong_path_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_TABLE", dict(registry._TABLE))
     model, ids = own(), sentence(6)[None]
-    register_architecture(OwnEncoder, replace(OWN, feed_forward="mlp.0"))
+    registration = register_architecture(OwnEncoder, replace(OWN, feed_forward="mlp.0"))
     with pytest.raises(UnsupportedModelError, match="feed_forward output has shape"):
         GlobEnc(model).attribute(ids, 1)
+    registration.remove()
     register_architecture(OwnEncoder, replace(OWN, batch_first=False))
     with pytest.raises(UnsupportedModelError, match="6 by 1 tokens"):
         GlobEnc(model).attribute(ids, 1)

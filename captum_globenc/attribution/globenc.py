@@ -29,35 +29,42 @@ from captum_globenc.recording.run import EncoderRun
 class GlobEnc(RolloutAttribution):
     r"""Global token attribution for transformer encoders, in one forward pass.
 
-    Every encoder layer is decomposed into how much each token takes from every other,
-    through attention, value vectors, both residuals and both LayerNorms; rollout
-    combines the layers. More details in the paper:
+    A local score measures how much each token of an encoder layer takes from every
+    other token: through attention, the value vectors, both residual connections and
+    both LayerNorms. Rollout combines the layers. More details in the paper:
 
     Modarressi, Fayyaz, Yaghoobzadeh and Pilehvar, *GlobEnc: Quantifying Global Token
     Attribution by Incorporating the Whole Encoder Layer in Transformers*, NAACL 2022,
     https://arxiv.org/abs/2205.03286
 
-    With :math:`n^l_{ij}` the local score of layer :math:`l`, the scores are row
-    :math:`i^*` of :math:`n^L \cdots n^1`, where :math:`i^*` is the token that the head
-    reads: they say how much of each input token reaches the representation there. They
-    do not depend on the class: ``target`` is validated as Captum does and used only to
-    find the token that a token-level head reads.
+    With :math:`n^l_{ij}` the local score of layer :math:`l`, the scores are
+    :math:`w\, n^L \cdots n^1`. The row vector :math:`w` holds the weights of the tokens
+    that the head reads: the share of each token in the norm of the gradient of the
+    selected output with respect to the last hidden states. A head that reads one token
+    gives it the weight 1, and the scores do not depend on the class. A head that reads
+    several tokens may weight them differently for each class. A head that also reads
+    lower layers is explained for all hidden states that it reads.
 
-    The encoder is explained in evaluation mode (no dropout), whatever mode the model is
-    in, and the model is left as it was found: mode, gradients, hooks and attention
-    implementation.
+    The model runs once, with its own attention, and is observed in the calling thread.
+    Nothing is changed that another thread could notice, with two exceptions: the
+    encoder of a model in training mode is in evaluation mode while it is recorded, and
+    compiled code runs uncompiled while a compiled model is recorded. Both are restored.
 
     Args:
         forward_func (Callable): a Hugging Face model, an ``nn.Module`` around one, or
             any function that calls one.
-        encoder (nn.Module, optional): the model or part of it to explain, where
+        encoder (nn.Module, optional): the model or the part of it to explain, if
             ``forward_func`` runs several. Default: the one found in ``forward_func``.
         local (str, optional): the score of one layer, a key of
             ``captum_globenc.LOCAL_SCORES``: ``"W"``, ``"W_FIXED_RES"``, ``"W_RES"``,
             ``"N"``, ``"N_FIXED_RES"``, ``"N_RES"``, ``"N_RES_LN"`` or ``"N_ENC"``.
             Default: ``"N_ENC"``, the method of the paper.
-        normalize (bool, optional): scores of an example's tokens sum to 1, of an
-            image's with those of the special tokens. Default: False.
+        normalize (bool, optional): scale the scores of each example to sum to 1. For
+            images, the sum includes the special tokens. Default: False.
+        readout (str, optional): how to weight the tokens that the head reads:
+            ``"gradient"`` as above, or ``"pooling"`` for the usual pooling of the
+            model's family ([CLS] for BERT), whatever the class. Default:
+            ``"gradient"``.
 
     Examples::
 
@@ -110,31 +117,31 @@ class GlobEnc(RolloutAttribution):
         r"""Score every input token.
 
         Args:
-            inputs (Tensor or tuple[Tensor, ...]): input ids, (batch, tokens);
-                embeddings, (batch, tokens, hidden); images, (batch, channels, height,
-                width); or for multiple choice either of the first two with (batch,
-                choices, ...), every choice explained by itself. In a tuple the first
-                tensor is that; the others (token types, positions, ...) are passed on
-                and get zeros of their shape.
-            target (int, tuple, Tensor, or list, optional): as for Captum's methods. It
-                must be valid for the output and does not change the scores, but for an
-                output per token, (batch, tokens, classes) or the start and end logits
-                (batch, tokens) of question answering, where it names the token to
-                explain: an int, or the first element of a tuple. Where the output is
-                the largest start or end logit, (batch), its token is explained.
-                Default: None.
+            inputs (Tensor, tuple[Tensor, ...] or EncoderRun): input ids, (batch,
+                tokens); embeddings, (batch, tokens, hidden); images, (batch, channels,
+                height, width); or, for multiple choice, ids or embeddings with (batch,
+                choices, ...), where every choice is explained by itself. In a tuple,
+                the first tensor is that; the others (token types, positions, ...) are
+                passed on and get zeros of their shape. The first tensor must arrive
+                unchanged at the encoder; images may be resized as a whole and
+                normalised by channel. A run of :func:`captum_globenc.record` replaces
+                inputs and ``additional_forward_args``, without a further forward pass.
+            target (int, tuple, Tensor, or list, optional): the output to explain, as
+                for Captum's methods. For an output per token, (batch, tokens, classes)
+                or the start and end logits (batch, tokens) of question answering, it
+                selects the token: an int, or the first element of a tuple. For a head
+                that reads several tokens it may change their weights. For a head that
+                reads one token it does not change the scores. Default: None, a fixed
+                positive combination of all outputs; for an output per token, the
+                model's or its family's pooling.
             additional_forward_args (Any, optional): further arguments of
                 ``forward_func``, such as ``(attention_mask,)``. Default: None.
             token_index (int, Tensor, "mean", optional): the token of the last layer to
-                explain: one position for all examples, a LongTensor (batch), for
-                multiple choice (batch × choices), or the mean over all tokens. Default:
-                what the head is seen to read: the token in ``target`` for an output per
-                token, the token whose vector or logits it takes, the mean of all or of
-                an image's patches, or several of these, which count the same. An output
-                per token without a target is explained for the token that heads of the
-                family read.
-            internal_batch_size (int, optional): run at most so many examples at once.
-                Default: all.
+                explain, whatever the head reads: one position for all examples, a
+                LongTensor (batch), for multiple choice (batch × choices), or the mean
+                of all tokens. Default: None, what the head reads.
+            internal_batch_size (int, optional): run at most this many examples at once;
+                not used with a run. Default: all.
 
         Returns:
             *Tensor* or *tuple[Tensor, ...]* of **attributions**, shaped like inputs:
@@ -143,15 +150,17 @@ class GlobEnc(RolloutAttribution):
             - for embeddings, (batch, tokens, hidden), whose sum over the last dimension
               is the token score;
             - for images, the score of each patch spread over its pixels and channels,
-              and 0 at a margin that makes no whole patch. The special tokens' share is
-              in none.
+              and 0 at a margin that makes no whole patch. The scores of special tokens
+              belong to no pixel.
 
-            Scores too large for the dtype are scaled per example; ratios are kept.
+            Scores too large for the dtype are scaled per example, which keeps ratios.
 
         Raises:
-            InputError: inputs, mask or token_index that cannot be attributed.
-            UnsupportedModelError: no supported encoder, or a head that reads something
-                else than tokens of the last layer and their means.
+            InputError: inputs, mask or token_index that cannot be attributed; inputs
+                that do not arrive unchanged at the encoder; a head that reads padding.
+            UnsupportedModelError: no supported encoder, attention that is not softmax
+                weights times values, or a head of which it cannot be found what it
+                reads.
             ReconstructionError: the recorded parts do not rebuild a layer.
             NonFiniteActivationError: NaN or infinity in a layer.
         """

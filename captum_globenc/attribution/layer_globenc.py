@@ -20,14 +20,15 @@ from captum_globenc.recording.run import EncoderRun
 
 
 class LayerGlobEnc(RolloutAttribution, LayerAttribution):
-    r"""How much of each hidden state of a layer reaches the final representation.
+    r"""How much of each hidden state of a layer reaches what the head reads.
 
-    For an encoder layer, the layers above it are rolled up from the top down to it, so
-    that the layers in sequence show how the evidence moves. For the embeddings, or a
-    part of them, these are the scores of :class:`~captum_globenc.GlobEnc`.
+    For an encoder layer, the rollout starts at the last layer and stops at this one, so
+    several layers show where the evidence moves from layer to layer. For the embeddings
+    or a part of them, the scores are those of :class:`~captum_globenc.GlobEnc`. Hidden
+    states that the head reads directly count, too.
 
-    Takes the place of ``LayerIntegratedGradients`` and other layer methods of Captum.
-    See :class:`~captum_globenc.GlobEnc` for the method and its limits.
+    Replaces ``LayerIntegratedGradients`` and other layer methods of Captum. See
+    :class:`~captum_globenc.GlobEnc` for the method and its limits.
 
     Args:
         forward_func (Callable): as for :class:`~captum_globenc.GlobEnc`.
@@ -37,8 +38,8 @@ class LayerGlobEnc(RolloutAttribution, LayerAttribution):
             runs once, where it is. Default: None.
         encoder (nn.Module, optional): as for :class:`~captum_globenc.GlobEnc`.
         local (str, optional): as for :class:`~captum_globenc.GlobEnc`.
-        normalize (bool, optional): scores of an example sum to 1 in every layer.
-            Default: False.
+        normalize (bool, optional): scale the scores of each example to sum to 1 in
+            every layer. Default: False.
         readout (str, optional): as for :class:`~captum_globenc.GlobEnc`.
 
     Examples::
@@ -100,8 +101,9 @@ class LayerGlobEnc(RolloutAttribution, LayerAttribution):
         r"""Score every hidden state of the layer.
 
         Args:
-            inputs (Tensor or tuple[Tensor, ...]): what ``forward_func`` takes first, as
-                for :meth:`captum_globenc.GlobEnc.attribute`.
+            inputs (Tensor, tuple[Tensor, ...] or EncoderRun): what ``forward_func``
+                takes first, or a recorded run, as for
+                :meth:`captum_globenc.GlobEnc.attribute`.
             target (int, tuple, Tensor, or list, optional): likewise.
             additional_forward_args (Any, optional): likewise.
             attribute_to_layer_input (bool, optional): score the layer's input instead
@@ -120,7 +122,7 @@ class LayerGlobEnc(RolloutAttribution, LayerAttribution):
         Raises:
             InputError: a layer that is not part of the encoder, or that did not run;
                 inputs, mask or token_index that cannot be attributed.
-            UnsupportedModelError: no supported encoder.
+            UnsupportedModelError: as for :meth:`captum_globenc.GlobEnc.attribute`.
             ReconstructionError: the recorded parts do not rebuild a layer.
             NonFiniteActivationError: NaN or infinity in a layer.
         """

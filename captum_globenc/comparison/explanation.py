@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -236,7 +236,7 @@ def _tokenize(
 
 
 def _check_vocabulary(ids: Tensor, model: PreTrainedModel) -> None:
-    size = model.get_input_embeddings().num_embeddings
+    size = cast(int, model.get_input_embeddings().num_embeddings)
     largest = int(ids.max())
     if largest >= size:
         raise InputError(
@@ -270,13 +270,19 @@ def class_scores(model: PreTrainedModel, **inputs: Tensor) -> list[ClassScore]:
             f"{type(model).__name__} gives NaN or infinity for this text."
         )
     probabilities = _probabilities(values, model.config.problem_type)
-    labels = model.config.id2label
+    labels = class_names(model)
     return [
-        ClassScore(index, str(labels.get(index, index)), logit, probability)
+        ClassScore(index, labels.get(index, str(index)), logit, probability)
         for index, (logit, probability) in enumerate(
             zip(values.tolist(), probabilities, strict=True)
         )
     ]
+
+
+def class_names(model: PreTrainedModel) -> dict[int, str]:
+    """Class → its name in the model's config, empty where that has none."""
+    labels = model.config.id2label or {}
+    return {int(index): str(name) for index, name in labels.items()}
 
 
 def _probabilities(logits: Tensor, problem_type: str | None) -> list[Any]:

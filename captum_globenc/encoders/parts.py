@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,18 +36,15 @@ class LayerParts(NamedTuple):
 
     def tensors(self) -> list[Tensor]:
         """Everything that the decomposition depends on, without gradients."""
-        modules = [p for p in (self.output, *self.norms.values()) if not _is_tensor(p)]
-        values = [t for m in modules for t in (*m.parameters(), *m.buffers())]  # type: ignore[union-attr]
-        values += [t for t in (self.output, self.layer_scale) if _is_tensor(t)]  # type: ignore[misc]
+        parts = (self.output, *self.norms.values())
+        modules = [part for part in parts if isinstance(part, nn.Module)]
+        values = [t for m in modules for t in (*m.parameters(), *m.buffers())]
+        values += [t for t in (self.output, self.layer_scale) if isinstance(t, Tensor)]
         return [value.detach() for value in values]
 
 
 #: The norms after the residuals, in the order in which they are applied.
 NORMS = ("attention_norm", "output_norm", "final_norm")
-
-
-def _is_tensor(part: object) -> bool:
-    return isinstance(part, Tensor)
 
 
 def is_linear(module: nn.Module | Tensor) -> bool:
@@ -70,7 +67,7 @@ def linear_map(module: nn.Module | Tensor) -> tuple[Tensor, Tensor | None]:
         bias = getattr(module, "bias", None)
         return weight, None if bias is None else bias.detach()
     assert isinstance(module, nn.Module)
-    unit = torch.eye(module.in_features).to(_like(module))  # type: ignore[arg-type]
+    unit = torch.eye(_inputs_of(module)).to(_like(module))
     with torch.no_grad():
         # One row: quantised maps take no single vector.
         at_zero = _apply(module, torch.zeros_like(unit[:1]))[0]
@@ -80,13 +77,16 @@ def linear_map(module: nn.Module | Tensor) -> tuple[Tensor, Tensor | None]:
 def image_of_fixed_vector(module: nn.Module | Tensor) -> Tensor:
     """What a linear map makes of one vector: other where its matrix is another one."""
     weight = _matrix(module)
-    size = module.in_features if weight is None else weight.shape[1]  # type: ignore[union-attr]
-    direction = torch.linspace(-1, 1, size, dtype=torch.float64).sin()
     if weight is not None:
-        return weight @ direction.to(weight)
+        return weight @ _fixed_vector(weight.shape[1]).to(weight)
     assert isinstance(module, nn.Module)
+    direction = _fixed_vector(_inputs_of(module))
     with torch.no_grad():
         return _apply(module, direction.to(_like(module))[None])[0]
+
+
+def _fixed_vector(size: int) -> Tensor:
+    return torch.linspace(-1, 1, size, dtype=torch.float64).sin()
 
 
 def _matrix(module: nn.Module | Tensor) -> Tensor | None:
@@ -97,7 +97,7 @@ def _matrix(module: nn.Module | Tensor) -> Tensor | None:
     if isinstance(module, Tensor):
         return module.detach().flatten(1)
     if isinstance(module, Conv1D):
-        return module.weight.detach().T  # type: ignore[no-any-return]
+        return module.weight.detach().T
     if (
         isinstance(module, nn.Linear)
         and type(module).forward is nn.Linear.forward
@@ -105,6 +105,11 @@ def _matrix(module: nn.Module | Tensor) -> Tensor | None:
     ):
         return module.weight.detach()
     return None
+
+
+def _inputs_of(module: nn.Module) -> int:
+    """How many numbers a linear map takes."""
+    return cast(int, module.in_features)
 
 
 def _apply(module: nn.Module, vectors: Tensor) -> Tensor:

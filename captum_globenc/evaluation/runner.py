@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from captum_globenc.comparison.explanation import class_names
 from captum_globenc.comparison.methods import methods_named
 from captum_globenc.encoders.discovery import find_encoder, unsupported
 from captum_globenc.errors import InputError
@@ -120,9 +121,11 @@ def benchmark(
     encoder = find_encoder(model)
     if encoder is None:
         raise unsupported(model)
-    if model.config.num_labels < 2:
+    # None: the configuration names no classes.
+    classes = model.config.num_labels
+    if classes is not None and classes < 2:
         raise InputError(
-            f"{type(model).__name__} has {model.config.num_labels} output, a number: "
+            f"{type(model).__name__} has {classes} output, a number: "
             "a classifier with at least two classes is needed, for the measures are "
             "changes of a class's probability."
         )
@@ -141,7 +144,7 @@ def benchmark(
         text_column=text_column,
         pair_column=pair_column,
         label_column=label_column,
-        labels=model.config.id2label,
+        labels=class_names(model) or None,
         limit=limit,
     )
     first = list(islice(examples, max(1, cost_texts)))

@@ -247,7 +247,7 @@ class Judge:
                 self.batch_size,
             )
             sizes = [len(made) for made in variants.values()]
-            for (name, kind), part in zip(variants, logs.split(sizes), strict=True):  # type: ignore[no-untyped-call]
+            for (name, kind), part in zip(variants, logs.split(sizes), strict=True):
                 found[name][kind] = part.view(len(texts), -1)
         return found
 

@@ -222,7 +222,7 @@ def _from_product(
     ):
         return None
     if name == "einsum":
-        result = result.permute(_context_order(*_letters(args)))
+        result = result.permute(_einsum_order(args))
     parts = [weights, value, result]
     # Heads that share values, as (batch, heads, ...) or (batch × heads, ...).
     leading = torch.broadcast_shapes(*(part.shape[:-2] for part in parts))
@@ -254,10 +254,10 @@ def _operands(name: str, args: tuple[Any, ...]) -> tuple[Tensor, Tensor] | None:
     if letters is None:
         return None
     (first, second), (weights, value, out) = args[1:3], letters
-    order = _context_order(weights, value, out)
-    if order is None:
+    roles = _roles(weights, value, out)
+    if roles is None:
         return None
-    shared, (i, j, d) = _roles(weights, value, out)  # type: ignore[misc]
+    shared, (i, j, d) = roles
     return (
         first.permute([weights.index(c) for c in (*shared, i, j)]),
         second.permute([value.index(c) for c in (*shared, j, d)]),
@@ -288,12 +288,13 @@ def _roles(
     return shared, (receivers[0], sources[0], size[0])
 
 
-def _context_order(weights: str, value: str, out: str) -> list[int] | None:
-    """The dimensions of an einsum's result as (batch, heads, receivers, head size)."""
-    roles = _roles(weights, value, out)
-    if roles is None:
-        return None
-    shared, (i, _, d) = roles
+def _einsum_order(args: tuple[Any, ...]) -> list[int]:
+    """The dimensions of an attention's result as (batch, heads, receivers, size)."""
+    letters = _letters(args)
+    assert letters is not None
+    roles = _roles(*letters)
+    assert roles is not None
+    (shared, (i, _, d)), out = roles, letters[2]
     return [out.index(c) for c in (*shared, i, d)]
 
 
@@ -303,9 +304,9 @@ def _laid_out(
     """A context (batch, heads, receivers, head size) as the product would give it."""
     if name != "einsum":
         return context.reshape(result.shape)
-    order = _context_order(*_letters(args))  # type: ignore[misc]
-    shape = [result.shape[dimension] for dimension in order]  # type: ignore[union-attr]
-    back = [order.index(dimension) for dimension in range(result.ndim)]  # type: ignore[union-attr]
+    order = _einsum_order(args)
+    shape = [result.shape[dimension] for dimension in order]
+    back = [order.index(dimension) for dimension in range(result.ndim)]
     return context.reshape(shape).permute(back)
 
 

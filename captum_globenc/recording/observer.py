@@ -7,7 +7,9 @@ notice: hooks of modules themselves would switch off the fused path of
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -34,7 +36,7 @@ from captum_globenc.recording.recorder import Recorder
 _TOKEN_ARGUMENTS = ("input_ids", "inputs_embeds", "pixel_values", "hidden_states")
 # Where values leave torch, so that no gradient follows them.
 _EXITS = ("numpy", "__array__", "item", "tolist", "__float__", "__int__")
-_DATA = torch.Tensor.data.__get__
+_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
 
 class Observer(AttentionMode):
@@ -83,6 +85,7 @@ class Observer(AttentionMode):
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Watch inside, and restore everything after."""
+        _WATCHING.add(self)
         with self._undo as undo:
             # Outside of the caller's modes; what closures set inside is undone by them.
             undo.enter_context(torch.inference_mode(False))
@@ -92,6 +95,10 @@ class Observer(AttentionMode):
                 self._begin(self._encoder)
             with self:
                 yield
+
+    def forget(self) -> None:
+        """Watch no longer: in a forked child this thread is another one."""
+        self._thread, self.recorder = -1, None
 
     def _begin(self, encoder: Encoder) -> None:
         self.recorder = self._make_recorder(encoder)
@@ -253,6 +260,18 @@ class Observer(AttentionMode):
             self.unfollowed.append("what is inside of the attention layers")
         return value
 
+
+# What is being watched, for a child that is forked meanwhile.
+_WATCHING: weakref.WeakSet[Observer] = weakref.WeakSet()
+
+
+def _forget_all() -> None:
+    for observer in _WATCHING:
+        observer.forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_all)
 
 # Torch numbers hooks without a lock: two threads could get one number.
 _LOCK = threading.Lock()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +67,7 @@ def by_gradient(
                     "pass one example at a time (internal_batch_size=1), or "
                     "token_index."
                 )
-    total = sum(values.sum(1) for values in norms.values())
+    total = cast(Tensor, sum(values.sum(1) for values in norms.values()))
     if not (torch.isfinite(total) & (total > 0)).all():
         return None
     shares = {layer: values / total[:, None] for layer, values in norms.items()}
@@ -122,7 +122,7 @@ def selected_outputs(output: Tensor, target: TargetType, batch: int) -> Tensor:
     if output.ndim == 2 and folded > 1 and output.shape[1] == folded:
         select_targets(output, target)  # Raises where it is not legal.
         return output.reshape(batch, 1)
-    selected = select_targets(output, target)
+    selected: Tensor = select_targets(output, target)
     if selected.numel() % batch:
         raise UnsupportedModelError(
             f"forward_func returns {tuple(output.shape)} outputs for {batch} examples, "

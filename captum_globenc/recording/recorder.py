@@ -197,14 +197,15 @@ class Recorder:
                     f"{tuple(hidden.shape)}, and three dimensions are expected, batch, "
                     "tokens and hidden: of one example, pass a batch of one."
                 )
-            shape = self._batch_first(hidden).shape[:2]
+            batch, tokens = self._batch_first(hidden).shape[:2]
+            shape = (batch, tokens)
             if hidden.is_inference():
                 raise UnsupportedModelError(
                     f"layer {name!r} runs in an inference mode of its own, which hides "
                     "changes in place; use torch.no_grad() there."
                 )
             versions = [Version.of(hidden)]
-        self._draft = LayerDraft(name, modules, versions, shape)  # type: ignore[arg-type]
+        self._draft = LayerDraft(name, modules, versions, shape)
 
     def _attention_begins(self, _: Any) -> None:
         if self._draft is not None:
@@ -392,7 +393,7 @@ class Recorder:
             }
         self._projections.append(projections)
         self._units.append(unit_of(draft))
-        tensors = {
+        tensors: dict[str, Any] = {
             name: None if part is None else part.detach()
             for name, part in call._asdict().items()
             if name != "softmax_scale"

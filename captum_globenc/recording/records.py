@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -154,7 +154,7 @@ class LayerRecord:
         """The record of some of the examples, sharing memory with this one."""
         call = self.call
         mask = call.mask
-        parts = {
+        parts: dict[str, Any] = {
             name: None if part is None else part[chosen]
             for name in ("value", "context", "weights", "query", "key")
             for part in [getattr(call, name)]

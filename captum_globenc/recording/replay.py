@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -71,8 +71,8 @@ def replay(
 
     args = tuple(map(replaced, args))
     kwargs = {name: replaced(value) for name, value in kwargs.items()}
-    shape = states.shape[:2] if batch_first else states.shape[:2][::-1]
-    mode = _Replaced(attention, tuple(shape))  # type: ignore[arg-type]
+    batch, tokens = states.shape[:2] if batch_first else states.shape[:2][::-1]
+    mode = _Replaced(attention, (batch, tokens))
     with torch.no_grad(), evaluating(modules.layer), mode:
         output = modules.layer(*args, **kwargs)
     if mode.calls != 1:
@@ -87,11 +87,11 @@ def replay(
 def hidden_states(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """The hidden states among the arguments of a layer."""
     if "hidden_states" in kwargs:
-        return kwargs["hidden_states"]  # type: ignore[no-any-return]
+        return cast(Tensor, kwargs["hidden_states"])
     values = (*args, *kwargs.values())
     return next(value for value in values if isinstance(value, Tensor))
 
 
 def first_tensor(output: Any) -> Tensor:
     """The hidden states in what a layer returns."""
-    return output[0] if isinstance(output, tuple | list) else output
+    return cast(Tensor, output[0] if isinstance(output, tuple | list) else output)

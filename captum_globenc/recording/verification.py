@@ -35,7 +35,8 @@ def tolerance(unit: float, dtype: torch.dtype, terms: int) -> float:
         dtype (torch.dtype): in which its parts are put together again.
         terms (int): how many numbers a sum has.
     """
-    return _MODEL_UNITS * unit + _OWN_UNITS * terms**0.5 * torch.finfo(dtype).eps
+    root: float = terms**0.5
+    return _MODEL_UNITS * unit + _OWN_UNITS * root * torch.finfo(dtype).eps
 
 
 def rounding_unit(*dtypes: torch.dtype) -> float:
