@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import numbers
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -27,7 +28,8 @@ class ReconstructionError(GlobEncError, RuntimeError):
     Args:
         layer (str): the layer's name in the model.
         part (str): which identity of the layer failed.
-        error (float): largest deviation, relative to the largest true value.
+        error (float): largest deviation of a token, relative to the sizes of the
+            parts there.
         tolerance (float): the largest deviation that rounding explains.
     """
 
@@ -77,5 +79,5 @@ def named(known: Mapping[str, Value], name: str, kind: str) -> Value:
 
 
 def is_whole(value: Any) -> bool:
-    """Whether it is an int, and not a bool."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Whether it is a whole number, and not a bool."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

@@ -281,9 +281,7 @@ def test_a_head_that_writes_into_a_lower_layer(parts) -> None:
         states[1][:, 0] = 0
         return parts.classify(states[1][:, 0])
 
-    with pytest.raises(
-        UnsupportedModelError, match="writes into the output of a lower"
-    ):
+    with pytest.raises(InputError, match="were changed in place"):
         GlobEnc(run).attribute(sentence(TOKENS)[None], 1)
 
 
@@ -295,8 +293,144 @@ def test_a_head_that_reads_attention_weights(parts) -> None:
         output = eager.bert(ids, output_attentions=True)
         return output.attentions[-1].mean(1)[:, 0, :3] + output.pooler_output[:, :3]
 
-    with pytest.raises(UnsupportedModelError, match="inside of the attention layers"):
+    with pytest.raises(UnsupportedModelError, match="made inside the encoder"):
         GlobEnc(run).attribute(sentence(TOKENS)[None], 1)
+
+
+OUT_OF_SIGHT: dict[str, Head] = {
+    "a copy": lambda m, h, p: m.classify(torch.tensor(h[:, 1])),
+    "detach_": lambda m, h, p: m.classify(h[:, 1].clone().detach_()),
+    "rounding": lambda m, h, p: m.classify((h[:, 1] * 1000).round() / 1000),
+    "integers": lambda m, h, p: m.classify((h[:, 1] * 1000).long().to(h) / 1000),
+    "numpy": lambda m, h, p: m.classify(torch.from_numpy(h[:, 1].numpy())),
+}
+
+
+@pytest.mark.filterwarnings("ignore:To copy construct from a tensor")
+@pytest.mark.parametrize("head", OUT_OF_SIGHT.values(), ids=OUT_OF_SIGHT)
+def test_a_part_of_the_head_without_gradient(parts, head) -> None:
+    ids = torch.stack([sentence(TOKENS), sentence(TOKENS, seed=1)])
+
+    def run(ids: Tensor) -> Tensor:
+        states = parts.bert(ids).last_hidden_state
+        return parts.classify(states[:, 0]) + head(parts, states, states[:, 0])
+
+    with pytest.raises(UnsupportedModelError, match="reads values that leave torch"):
+        GlobEnc(run).attribute(ids, 1)
+
+
+@pytest.mark.parametrize("part", ["encoder.layer.0", "encoder.layer.1.attention"])
+@pytest.mark.parametrize("keep", [Tensor.detach, Tensor.clone, lambda o: o[:, 1]])
+def test_what_hooks_keep_of_the_encoder(parts, part, keep) -> None:
+    ids = torch.stack([sentence(TOKENS), sentence(TOKENS, seed=1)])
+    kept: dict[str, Tensor] = {}
+
+    def hook(_: nn.Module, __: object, output: object) -> None:
+        states = output[0] if isinstance(output, tuple) else output
+        kept["states"] = keep(states)
+
+    def run(ids: Tensor) -> Tensor:
+        states = parts.bert(ids).last_hidden_state
+        lower = kept["states"]
+        lower = lower if lower.ndim == 2 else lower[:, 1]
+        return parts.classify(states[:, 0]) + parts.classify(lower)
+
+    handle = parts.bert.get_submodule(part).register_forward_hook(hook)
+    try:
+        with pytest.raises(UnsupportedModelError, match="made inside the encoder"):
+            GlobEnc(run).attribute(ids, 1)
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_lower_layers_through_code_that_is_not_seen(parts, seen) -> None:
+    ids = torch.stack([sentence(TOKENS), sentence(TOKENS, seed=1)])
+
+    class Second(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, states):
+            ctx.shape = states.shape
+            return states[:, 1].clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            whole = gradient.new_zeros(ctx.shape)
+            whole[:, 1] = gradient
+            return whole
+
+    def run(ids: Tensor) -> Tensor:
+        output = parts.bert(ids, output_hidden_states=True)
+        lower = output.hidden_states[1]
+        second = lower[:, 1] if seen else Second.apply(lower)
+        return parts.classify(output.last_hidden_state[:, 0]) + parts.classify(second)
+
+    rollout = GlobEnc(parts.bert).decompose(ids).rollout()
+    scores = GlobEnc(run).attribute(ids, 1)
+    assert not torch.allclose(scores, rollout[:, 0])
+    if not seen:
+        expected = test_lower_layers_through_code_that_is_not_seen.scores
+        torch.testing.assert_close(scores, expected, rtol=1e-12, atol=0)
+    test_lower_layers_through_code_that_is_not_seen.scores = scores
+
+
+def test_inputs_that_the_head_reads_by_itself(parts) -> None:
+    ids = torch.stack([sentence(TOKENS), sentence(TOKENS, seed=1)])
+    wide = nn.Embedding(97, 3).double()
+
+    def run(ids: Tensor) -> Tensor:
+        return parts.classify(parts.bert(ids).pooler_output) + wide(ids).sum(1)
+
+    with pytest.raises(UnsupportedModelError, match="past the encoder"):
+        GlobEnc(run).attribute(ids, 1)
+
+
+@pytest.mark.parametrize("labels", [TOKENS - 1, TOKENS, TOKENS + 1])
+def test_a_mean_with_as_many_labels_as_tokens(parts, labels) -> None:
+    ids = torch.stack([sentence(TOKENS), sentence(TOKENS, seed=1)])
+    out = nn.Linear(HIDDEN, labels).double()
+    scores = GlobEnc(lambda i: out(parts.bert(i).last_hidden_state.mean(1))).attribute(
+        ids
+    )
+    expected = GlobEnc(parts.bert).decompose(ids).rollout().mean(1)
+    torch.testing.assert_close(scores, expected, rtol=1e-9, atol=0)
+
+
+def test_classes_without_a_gradient(parts) -> None:
+    """A mean that only returns the largest class is not taken for the first token."""
+    ids = torch.stack([sentence(TOKENS), sentence(TOKENS, seed=1)])
+    for seed in range(10):
+        torch.manual_seed(seed)
+        out = nn.Linear(HIDDEN, 3).double()
+
+        def run(ids: Tensor, out: nn.Module = out) -> Tensor:
+            return out(parts.bert(ids).last_hidden_state.mean(1)).argmax(-1)
+
+        with pytest.raises(UnsupportedModelError, match="token_index"):
+            GlobEnc(run).attribute(ids)
+
+
+def test_a_head_in_training_mode() -> None:
+    """Its dropout is off, too, and its statistics stay."""
+    model = nn.Sequential()
+    model.bert = t.BertModel(t.BertConfig(**SIZES))
+    model.norm, model.drop = nn.BatchNorm1d(HIDDEN), nn.Dropout(0.5)
+    model.out = nn.Linear(HIDDEN, 3)
+
+    def forward(ids: Tensor) -> Tensor:
+        states = model.bert(ids).last_hidden_state
+        pooled = (states.softmax(1) * states).sum(1)
+        return model.out(model.drop(model.norm(pooled)).tanh())
+
+    model.forward = forward
+    randomize(model).eval()
+    ids = torch.stack([sentence(TOKENS), sentence(TOKENS, seed=1)])
+    expected = GlobEnc(model).attribute(ids, 1)
+    before = model.norm.running_mean.clone()
+    model.train()
+    torch.testing.assert_close(GlobEnc(model).attribute(ids, 1), expected)
+    assert torch.equal(model.norm.running_mean, before)
+    assert model.drop.training
 
 
 def test_examples_that_the_head_mixes(parts) -> None:

@@ -176,7 +176,7 @@ def readout_at(token_index: TokenIndex, run: EncoderRun) -> Readout:
             )
         index = token_index.to(token_mask.device, torch.long).flatten().expand(batch)
     elif is_whole(token_index):
-        index = torch.full((batch,), token_index, device=token_mask.device)  # type: ignore[arg-type]
+        index = torch.full((batch,), int(token_index), device=token_mask.device)  # type: ignore[arg-type]
     else:
         raise InputError(
             'token_index must be an int, a LongTensor (batch,), "mean" or None, got '

@@ -126,6 +126,12 @@ class RolloutAttribution(Attribution):
                     "captum_globenc.record, and the run alone here."
                 )
             run = inputs
+            own = encoder_in(self.forward_func, self.encoder)
+            if own is not None and own.module is not run.encoder.module:
+                raise InputError(
+                    f"the run is of another {type(run.encoder.module).__name__} than "
+                    "the model of this method: record it with this model."
+                )
             run.check_unchanged()
         else:
             tensors = as_tensors(inputs)
@@ -139,6 +145,7 @@ class RolloutAttribution(Attribution):
                 encoder_in(self.forward_func, self.encoder),
                 self._weights,
                 differentiate,
+                is_named=self.encoder is not None,
             )
         for fit in run.fits:
             fit.raise_if_not()

@@ -141,7 +141,7 @@ class GlobEnc(RolloutAttribution):
                 LongTensor (batch), for multiple choice (batch × choices), or the mean
                 of all tokens. Default: None, what the head reads.
             internal_batch_size (int, optional): run at most this many examples at once;
-                not used with a run. Default: all.
+                not allowed with a recorded run. Default: all.
 
         Returns:
             *Tensor* or *tuple[Tensor, ...]* of **attributions**, shaped like inputs:
@@ -159,8 +159,7 @@ class GlobEnc(RolloutAttribution):
             InputError: inputs, mask or token_index that cannot be attributed; inputs
                 that do not arrive unchanged at the encoder; a head that reads padding.
             UnsupportedModelError: no supported encoder, attention that is not softmax
-                weights times values, or a head of which it cannot be found what it
-                reads.
+                weights times values, or a head whose readout cannot be determined.
             ReconstructionError: the recorded parts do not rebuild a layer.
             NonFiniteActivationError: NaN or infinity in a layer.
         """
@@ -170,7 +169,13 @@ class GlobEnc(RolloutAttribution):
         if not is_whole(size) or size < 1:
             raise InputError(f"internal_batch_size must be at least 1, got {size!r}.")
         if isinstance(inputs, EncoderRun):
-            parts = [self._attribute(inputs, None, target, token_index)]
+            if internal_batch_size is not None:
+                raise InputError(
+                    "a run has been made already, whole: internal_batch_size belongs "
+                    "to inputs."
+                )
+            given = additional_forward_args
+            parts = [self._attribute(inputs, given, target, token_index)]
             is_in_tuple = len(tensors) > 1
         else:
             arguments = format_additional_forward_args(additional_forward_args) or ()
@@ -194,7 +199,7 @@ class GlobEnc(RolloutAttribution):
     def _attribute(
         self,
         inputs: Inputs,
-        arguments: tuple[Any, ...] | None,
+        arguments: object | None,
         target: TargetType,
         token_index: TokenIndex,
     ) -> Tensor:

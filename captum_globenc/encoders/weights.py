@@ -50,7 +50,10 @@ def random_signs(
     """Fixed random directions of entries 1 and -1, (rows, columns)."""
     with torch.inference_mode(False):
         generator = torch.Generator().manual_seed(0)
-        signs = torch.randint(0, 2, (rows, columns), generator=generator) * 2 - 1
+        signs = (
+            torch.randint(0, 2, (rows, columns), generator=generator, device="cpu") * 2
+            - 1
+        )
         return signs.to(device, dtype)
 
 

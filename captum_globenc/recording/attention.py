@@ -129,6 +129,7 @@ class AttentionMode(TorchFunctionMode):
         if name == _SDPA:
             return self._sdpa(func, shape, *args, **kwargs)
         result = func(*args, **kwargs)
+        args = (*args, *kwargs.values())
         call = _from_product(name, args, result, shape)
         replaced = None if call is None else self.attend(call)
         return result if replaced is None else _laid_out(replaced, name, args, result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,22 @@ from torch import nn
 _LOCK = threading.Lock()
 # Modules that were in training mode → how many contexts hold them in evaluation mode.
 _HELD: dict[nn.Module, int] = {}
+
+
+def _restore_all() -> None:
+    _LOCK.release()
+    for module in _HELD:
+        module.training = True
+    _HELD.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    # The thread that holds them does not exist in a forked child.
+    os.register_at_fork(
+        before=_LOCK.acquire,
+        after_in_parent=_LOCK.release,
+        after_in_child=_restore_all,
+    )
 
 
 @contextmanager
@@ -32,6 +49,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         with _LOCK:
             for module in held:
+                if module not in _HELD:
+                    continue  # A forked child has let go of it.
                 _HELD[module] -= 1
                 if not _HELD[module]:
                     del _HELD[module]

@@ -58,8 +58,10 @@ def check_lookup(ids: Tensor, weights: Tensor, encoder: Encoder) -> None:
     """
     size = len(weights)
     if weights is encoder.token_weights:
-        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise InputError(f"input ids must be integers, got {ids.dtype}.")
+        if ids.dtype not in (torch.int32, torch.int64):
+            raise InputError(
+                f"input ids must be integers (int64 or int32), got {ids.dtype}."
+            )
         wrong = ids[(ids < 0) | (ids >= size)]
         if wrong.numel():
             raise InputError(

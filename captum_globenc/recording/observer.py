@@ -29,14 +29,12 @@ from captum_globenc.errors import UnsupportedModelError
 from captum_globenc.recording.attention import AttentionCall, AttentionMode
 from captum_globenc.recording.compiled import uncompiled
 from captum_globenc.recording.evaluation_mode import evaluating
+from captum_globenc.recording.head import HeadFollower
 from captum_globenc.recording.inputs import check_lookup
 from captum_globenc.recording.recorder import Recorder
 
 # What the tokens are called where a module is called with keywords.
 _TOKEN_ARGUMENTS = ("input_ids", "inputs_embeds", "pixel_values", "hidden_states")
-# Where values leave torch, so that no gradient follows them.
-_EXITS = ("numpy", "__array__", "item", "tolist", "__float__", "__int__")
-_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
 
 class Observer(AttentionMode):
@@ -46,14 +44,18 @@ class Observer(AttentionMode):
         make_recorder (Callable): encoder → its recorder.
         encoder (Encoder or None): the encoder to record; None: the first supported one
             that runs.
+        inputs (Tensor): what ``forward_func`` is given first.
         differentiate (bool): follow what the head does by gradients.
+        is_named (bool): the caller has named the encoder.
     """
 
     def __init__(
         self,
         make_recorder: Callable[[Encoder], Recorder],
         encoder: Encoder | None,
+        inputs: Tensor,
         differentiate: bool,
+        is_named: bool,
     ) -> None:
         super().__init__()
         self.recorder: Recorder | None = None
@@ -68,18 +70,16 @@ class Observer(AttentionMode):
         self.embedded: list[Tensor] = []
         #: Modules in front of the layers → the shapes that went in and came out.
         self.early: dict[nn.Module, tuple[list[Tensor], list[Tensor]]] = {}
-        #: Lower hidden states that the head reads, as leaves, by layer.
-        self.leaves: dict[int, Tensor] = {}
-        #: What the head reads that no gradient follows.
-        self.unfollowed: list[str] = []
-        self.has_left_torch = False
+        #: Follows the head; None: gradients are not wanted.
+        self.head: HeadFollower | None = None
         self._make_recorder = make_recorder
         self._encoder = encoder
+        self._inputs = inputs
+        self._is_named = is_named
         self._differentiate = differentiate
         self._thread = threading.get_ident()
         self._searched: set[nn.Module] = set()
-        self._states: dict[int, int] = {}
-        self._inner: set[int] = set()
+        self._is_inside = False
         self._undo = ExitStack()
 
     @contextmanager
@@ -96,13 +96,23 @@ class Observer(AttentionMode):
             with self:
                 yield
 
+    def close(self) -> None:
+        """Let go of the run: cycles would keep its tensors."""
+        if self.recorder is not None:
+            self.recorder.close()
+        self.recorder = self.head = None
+
     def forget(self) -> None:
         """Watch no longer: in a forked child this thread is another one."""
         self._thread, self.recorder = -1, None
 
     def _begin(self, encoder: Encoder) -> None:
         self.recorder = self._make_recorder(encoder)
-        self._undo.enter_context(evaluating(encoder.module))
+        if self._differentiate:
+            self.head = HeadFollower(
+                self._inputs, encoder.token_weights, self._is_named
+            )
+        self._undo.enter_context(evaluating(encoder.root))
         self._undo.enter_context(uncompiled(encoder.root))
 
     # Modules
@@ -114,7 +124,11 @@ class Observer(AttentionMode):
             self._look(module)
         if self.recorder is not None:
             self._leave_inference_mode()
+            encoder = self.recorder.encoder
+            if module in (encoder.module, encoder.embeddings):
+                self._is_inside = True
             self.recorder.module_begins(module, args)
+            self._begin_layers(module, args, {})
 
     def _leave(self, module: nn.Module, args: Any, *rest: Any) -> Any:
         if torch.compiler.is_compiling() or threading.get_ident() != self._thread:
@@ -129,6 +143,7 @@ class Observer(AttentionMode):
             taken = _shapes([*args, *named, *kwargs.values()])
             given = output if isinstance(output, tuple | list) else [output]
             self.early[module] = (taken, _shapes(given))
+        self._begin_layers(module, args, kwargs)
         encoder = recorder.encoder
         if module is encoder.token_table:
             self.embedded.append(output)
@@ -138,6 +153,17 @@ class Observer(AttentionMode):
             values = (*args, *kwargs.values())
             self.arrived += [value for value in values if isinstance(value, Tensor)]
         return recorder.module_ends(module, args, kwargs, output)
+
+    def _begin_layers(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Tell the head's follower of the input of the first layer."""
+        recorder, head = self.recorder, self.head
+        assert recorder is not None
+        if head is None or head.hidden is not None:
+            return
+        if module is recorder.encoder.layers[0].layer:
+            values = (*args, kwargs.get("hidden_states"), *kwargs.values())
+            tensors = (value for value in values if isinstance(value, Tensor))
+            head.hidden = next(tensors, None)
 
     def _look(self, module: nn.Module) -> None:
         """Record the first supported encoder that is about to run."""
@@ -172,18 +198,23 @@ class Observer(AttentionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run the operation as it is, but where the head would lose its gradient."""
-        recorder = self.recorder
+        recorder, head = self.recorder, self.head
+        if torch.compiler.is_compiling():
+            return func(*args, **(kwargs or {}))
         if recorder is None or not recorder.has_begun:
             if func is nn.functional.embedding:
                 self._look_up(*args, **(kwargs or {}))
                 self.embedded.append(func(*args, **(kwargs or {})))
                 return self.embedded[-1]
-        elif self._differentiate and not torch.compiler.is_compiling():
-            if func is torch._C._set_grad_enabled:
-                return func(recorder.is_in_head)
-            if recorder.is_in_head:
-                return self._in_head(func, args, kwargs or {})
-        return AttentionMode.__torch_function__(self, func, types, args, kwargs)
+        elif head is not None and func is torch._C._set_grad_enabled:
+            return func(recorder.is_in_head)
+        elif head is not None and recorder.is_in_head:
+            self._leave_inference_mode()
+            return head.run(func, args, kwargs or {})
+        result = AttentionMode.__torch_function__(self, func, types, args, kwargs)
+        if head is not None and (self._is_inside or recorder.has_begun):  # type: ignore[union-attr]
+            head.note(result)
+        return result
 
     def attending(self) -> tuple[int, int] | None:
         """(batch, tokens) where a layer's attention runs now."""
@@ -204,77 +235,25 @@ class Observer(AttentionMode):
             check_lookup(input, weight, self.recorder.encoder)
         self.lookups.append((input, weight))
 
-    def _in_head(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        recorder = self.recorder
-        assert recorder is not None
-        # What a closure's own modes restored when they ended.
-        self._leave_inference_mode()
-        if not torch.is_grad_enabled():
-            torch._C._set_grad_enabled(True)
-        name = getattr(func, "__name__", "")
-        first = args[0] if args else None
-        follows = isinstance(first, Tensor) and first.requires_grad
-        if follows and (name == "detach" or func == _DATA):
-            return first
-        if follows and name in _EXITS:
-            self.has_left_torch = True
-            return func(first.detach(), *args[1:], **kwargs)  # type: ignore[union-attr]
-        if func is nn.functional.embedding:
-            weight = args[1] if len(args) > 1 else kwargs.get("weight")
-            if weight is not None and weight is recorder.encoder.token_weights:
-                self.unfollowed.append("tokens by themselves, as a decoder does")
-        if not self._states:
-            self._states = {id(state): layer for layer, state in recorder.states}
-            self._inner = {_address(part) for part in recorder.inner_tensors}
-        if self._is_written_to(name, first):
-            raise UnsupportedModelError(
-                "the head writes into the output of a lower layer in place: change a "
-                "copy (tensor.clone()), or pass token_index."
-            )
-        args = tuple(self._followed(value) for value in args)
-        kwargs = {key: self._followed(value) for key, value in kwargs.items()}
-        return func(*args, **kwargs)
-
-    def _is_written_to(self, name: str, first: object) -> bool:
-        in_place = name == "__setitem__" or (
-            name.endswith("_") and not name.endswith("__")
-        )
-        return in_place and id(first) in self._states
-
-    def _followed(self, value: Any) -> Any:
-        """The same argument, with lower hidden states as leaves of the gradient."""
-        if type(value) in (tuple, list):
-            return type(value)(map(self._followed, value))
-        if not isinstance(value, Tensor) or value.requires_grad:
-            return value
-        if value.is_inference():
-            return value.clone()  # Those have no gradients.
-        layer = self._states.get(id(value))
-        if layer is not None:
-            if layer not in self.leaves:
-                self.leaves[layer] = value.detach().requires_grad_()
-            return self.leaves[layer]
-        if value.is_floating_point() and _address(value) in self._inner:
-            self.unfollowed.append("what is inside of the attention layers")
-        return value
-
 
 # What is being watched, for a child that is forked meanwhile.
 _WATCHING: weakref.WeakSet[Observer] = weakref.WeakSet()
+# Torch numbers hooks without a lock: two threads could get one number.
+_LOCK = threading.Lock()
 
 
 def _forget_all() -> None:
+    _LOCK.release()
     for observer in _WATCHING:
         observer.forget()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_all)
-
-# Torch numbers hooks without a lock: two threads could get one number.
-_LOCK = threading.Lock()
+    os.register_at_fork(
+        before=_LOCK.acquire,
+        after_in_parent=_LOCK.release,
+        after_in_child=_forget_all,
+    )
 
 
 @contextmanager
@@ -291,10 +270,6 @@ def hooked(enter: Callable[..., None], leave: Callable[..., Any]) -> Iterator[No
             after.remove()
             # What removing the hook leaves behind.
             hooks._global_forward_hooks_with_kwargs.pop(after.id, None)
-
-
-def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
 
 
 def _shapes(values: Iterable[Any]) -> list[Tensor]:

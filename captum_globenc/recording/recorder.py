@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -68,6 +69,8 @@ class Recorder:
         self.is_in_head = False
         #: The last hidden states, a leaf where gradients are wanted.
         self.final: Tensor | None = None
+        #: Layer → its output as a leaf, as the model has it.
+        self.leaves: dict[int, Tensor] = {}
         self._weights = weights
         self._shape = shape
         self._differentiate = differentiate
@@ -138,19 +141,9 @@ class Recorder:
         draft.versions += [Version.of(tensor) for tensor in kept]
 
     @property
-    def states(self) -> Iterator[tuple[int, Tensor]]:
-        """The hidden states below the last, as the model has them, by layer."""
-        for index, draft in enumerate(self._drafts):
-            yield index, hidden_states(draft.args, draft.kwargs)
-
-    @property
-    def inner_tensors(self) -> Iterator[Tensor]:
-        """What attention took and gave."""
-        for draft in self._drafts:
-            call = draft.call
-            assert call is not None
-            parts = (call.weights, call.query, call.key, call.value, call.context)
-            yield from (part for part in parts if part is not None)
+    def lowest(self) -> Tensor:
+        """The input of the first layer, as the model has it."""
+        return hidden_states(self._drafts[0].args, self._drafts[0].kwargs)
 
     def _listen(self) -> None:
         encoder = self.encoder
@@ -277,11 +270,16 @@ class Recorder:
             return None  # The norm is one more part of the layer.
         self._project(draft)
         if not is_last:
+            return _with_states(output, self._as_leaf(states))
+        return _with_states(output, self._enter_head(states))
+
+    def _as_leaf(self, states: Tensor) -> Tensor | None:
+        """Lower hidden states, for a head that reads them; layers run without grad."""
+        if not self._differentiate:
             return None
-        handed = self._enter_head(states)
-        if handed is None or output is states:
-            return handed
-        return type(output)([handed, *output[1:]])
+        self._output = states.detach().requires_grad_()
+        self.leaves[len(self._drafts)] = self._output
+        return self._output
 
     def _as_recorded(self, hidden: Tensor) -> Tensor:
         """Hidden states that were handed on as a copy, as they were recorded."""
@@ -329,6 +327,7 @@ class Recorder:
         if not self._differentiate:
             return None
         self.final.requires_grad_()
+        self.leaves[len(self._drafts)] = self.final
         torch._C._set_grad_enabled(True)
         # A copy, so that a head may write into it.
         self._handed = Version.of(self.final.clone())
@@ -360,6 +359,13 @@ class Recorder:
         self._verify(records)
         check_unchanged(records)
         return tuple(records)
+
+    def close(self) -> None:
+        """Let go of what listens: it refers to the recorder."""
+        self._begins.clear()
+        self._ends.clear()
+        self._records.clear()
+        self._drafts.clear()
 
     @property
     def token_mask(self) -> Tensor:
@@ -465,3 +471,16 @@ class Recorder:
                 "mask hides some that theirs show, or shows some that theirs hide."
             )
         self._mask = call.mask
+
+
+def _with_states(output: Any, states: Tensor | None) -> Any:
+    """What a layer returns, with other hidden states; None: as it is."""
+    if states is None or isinstance(output, Tensor):
+        return states
+    if isinstance(output, Mapping):
+        first = next(iter(output))
+        changed = copy.copy(output)
+        changed[first] = states  # type: ignore[index]
+        return changed
+    rest = [states, *output[1:]]
+    return output._make(rest) if hasattr(output, "_make") else type(output)(rest)

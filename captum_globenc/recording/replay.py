@@ -88,10 +88,18 @@ def hidden_states(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """The hidden states among the arguments of a layer."""
     if "hidden_states" in kwargs:
         return cast(Tensor, kwargs["hidden_states"])
-    values = (*args, *kwargs.values())
-    return next(value for value in values if isinstance(value, Tensor))
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            return value
+    raise UnsupportedModelError(
+        "an encoder layer, or a part of one, is called without a tensor of its own "
+        f"(got {[type(value).__name__ for value in args]}): its first tensor must be "
+        "the hidden states."
+    )
 
 
 def first_tensor(output: Any) -> Tensor:
     """The hidden states in what a layer returns."""
+    if isinstance(output, Mapping):
+        output = next(iter(output.values()))
     return cast(Tensor, output[0] if isinstance(output, tuple | list) else output)

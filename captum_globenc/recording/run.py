@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from captum_globenc.encoders.weights import WeightCache
 from captum_globenc.errors import (
     GlobEncError,
 )
-from captum_globenc.recording.compiled import no_compiler_warning
+from captum_globenc.recording.compiled import ignore_compiler_warning
 from captum_globenc.recording.evaluation_mode import evaluating
 from captum_globenc.recording.inputs import check_arrival, check_length, check_shape
 from captum_globenc.recording.observer import Observer, hooked
@@ -40,8 +40,11 @@ from captum_globenc.recording.records import (
 from captum_globenc.recording.replay import Attention
 from captum_globenc.recording.verification import Fit
 
+# Of what errors speak that a head raises only because it runs with gradients.
+_OF_GRADIENTS = ("grad", "differentiat", "in-place", "inplace", "Inference tensor")
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False, repr=False)
 class EncoderRun:
     """One run of a model with an encoder, recorded by :func:`record`.
 
@@ -89,6 +92,19 @@ class EncoderRun:
     def dtype(self) -> torch.dtype:
         """The dtype in which the layers are decomposed."""
         return self.layers[0].dtype
+
+    def __repr__(self) -> str:
+        batch, tokens = self.shape
+        return (
+            f"EncoderRun({len(self.layers)} layers of "
+            f"{type(self.encoder.module).__name__}, {batch} by {tokens} tokens)"
+        )
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an EncoderRun holds the model and what it computed, and cannot be copied "
+            "or pickled: keep its Decomposition, or record it anew."
+        )
 
     def check_unchanged(self) -> None:
         """Raise where tensors of the run have been written to since.
@@ -173,13 +189,17 @@ class EncoderRun:
         """Whether the output has a row, or a logit, for every token."""
         if tuple(output.shape[:2]) != self.shape:
             return False
-        if output.ndim > 2 or not output.requires_grad:
+        if not output.requires_grad:
             return output.ndim > 2
-        # (batch, tokens) could as well be (batch, classes): logits of tokens each read
-        # a token of their own.
+        # (batch, tokens, ...) could as well be (batch, classes, ...): outputs of tokens
+        # each read a token of their own.
         everything = torch.ones_like(self.token_mask)
-        shares = self._shares(selected_outputs(output, None, len(output)), everything)
-        return shares is not None and bool((shares[len(self.layers)] > 0).all())
+        for token in {0, output.shape[1] - 1}:
+            selected = selected_outputs(output[:, token], None, len(output))
+            shares = self._shares(selected, everything)
+            if shares is None or not (shares[len(self.layers)][:, token] == 1).all():
+                return False
+        return True
 
     def _shares(self, selected: Tensor, token_mask: Tensor) -> dict[int, Tensor] | None:
         tokens_last = 0 if self.encoder.architecture.batch_first else 1
@@ -288,6 +308,7 @@ def record(
         arguments,
         encoder_in(forward_func, encoder),
         WeightCache(),
+        is_named=encoder is not None,
     )
     for fit in run.fits:
         fit.raise_if_not()
@@ -320,6 +341,7 @@ def observe(
     encoder: Encoder | None,
     weights: WeightCache,
     differentiate: bool = True,
+    is_named: bool = False,
 ) -> EncoderRun:
     """Run a model once and record its encoder; deviations are not judged.
 
@@ -331,6 +353,8 @@ def observe(
         weights (WeightCache): prepared weights of earlier runs.
         differentiate (bool, optional): follow what the head does by gradients, for
             :meth:`EncoderRun.readout`. Default: True.
+        is_named (bool, optional): the caller has named the encoder, among others that
+            may read the inputs, too. Default: False.
     """
     tensors = tuple(map(_countable, tensors))
     arguments = tuple(map(_countable, arguments))
@@ -343,18 +367,22 @@ def observe(
     def forward() -> Any:
         return forward_func(*tensors, *arguments)
 
-    observer = Observer(make_recorder, encoder, differentiate)
+    observer = Observer(make_recorder, encoder, first, differentiate, is_named)
+    ignore_compiler_warning()
     try:
-        with no_compiler_warning(), observer.watching():
+        with observer.watching():
             output = forward()
     except GlobEncError:
         raise
-    except Exception:
+    except RuntimeError as error:
         recorder = observer.recorder
-        if recorder is None or not (recorder.is_in_head and differentiate):
+        in_head = recorder is not None and recorder.is_in_head and differentiate
+        if not in_head or not any(word in str(error) for word in _OF_GRADIENTS):
             raise
         # Heads that cannot run with gradients; what else is wrong shows again.
-        return observe(forward_func, tensors, arguments, encoder, weights, False)
+        return observe(
+            forward_func, tensors, arguments, encoder, weights, False, is_named
+        )
     recorder = observer.recorder
     if recorder is None:
         raise no_encoder_ran(observer.candidates)
@@ -362,7 +390,7 @@ def observe(
     final = recorder.final
     assert final is not None
     batch_first = recorder.encoder.architecture.batch_first
-    _, lowest = next(recorder.states)
+    lowest = recorder.lowest
     check_shape(first, recorder.token_mask, recorder.grid)
     check_arrival(
         first,
@@ -373,6 +401,10 @@ def observe(
         observer.embedded,
     )
     output_tensor(output)  # Raises where there is none.
+    head, states = observer.head, dict(recorder.leaves)
+    if head is not None and head.lowest is not None:
+        states[0] = head.lowest
+    observer.close()
 
     def as_rows(states: Tensor) -> Tensor:
         return states if batch_first else states.transpose(0, 1)
@@ -388,9 +420,9 @@ def observe(
         grid=recorder.grid,
         fits=tuple(recorder.fits),
         early=observer.early,
-        _states={**observer.leaves, len(layers): final},
-        _unfollowed=tuple(observer.unfollowed),
-        _has_left_torch=observer.has_left_torch,
+        _states=states,
+        _unfollowed=() if head is None else tuple(head.unfollowed),
+        _has_left_torch=head is not None and head.has_left_torch,
         _forward=forward,
     )
 
