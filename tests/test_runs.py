@@ -153,9 +153,6 @@ class AboveUniform(RolloutAttribution):
         share = Contribution("above uniform", signed_share, is_signed=True)
         super().__init__(forward_func, share)
 
-    attribute = GlobEnc.attribute
-    _attribute = GlobEnc._attribute
-
 
 def test_a_signed_method_of_ten_lines() -> None:
     model = build("bert")

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from captum.attr import Attribution
+from captum.log import log_usage
 from torch import Tensor, nn
 
 from captum_globenc._captum import (
     TargetType,
+    TensorOrTupleOfTensorsGeneric,
     format_additional_forward_args,
+    format_output,
+    is_tuple,
     select_targets,
 )
+from captum_globenc.attribution.adapters import shaped_like
 from captum_globenc.attribution.arguments import (
     TokenIndex,
     as_tensors,
     check_call,
     check_target,
     readout_at,
+    share,
 )
 from captum_globenc.contributions.contribution import Contribution
 from captum_globenc.contributions.rollout import (
@@ -29,7 +35,7 @@ from captum_globenc.contributions.rollout import (
     sweep,
 )
 from captum_globenc.encoders.weights import WeightCache
-from captum_globenc.errors import InputError, NonFiniteActivationError
+from captum_globenc.errors import InputError, NonFiniteActivationError, is_whole
 from captum_globenc.recording.outputs import output_tensor
 from captum_globenc.recording.readout import ReadoutKind
 from captum_globenc.recording.run import EncoderRun, encoder_in, observe
@@ -90,6 +96,116 @@ class RolloutAttribution(Attribution):
         raise NotImplementedError(
             f"attribute_future is not implemented for {type(self).__name__}"
         )
+
+    @log_usage()
+    def attribute(
+        self,
+        inputs: TensorOrTupleOfTensorsGeneric | EncoderRun,
+        target: TargetType = None,
+        additional_forward_args: object | None = None,
+        *,
+        token_index: TokenIndex = None,
+        internal_batch_size: int | None = None,
+    ) -> TensorOrTupleOfTensorsGeneric:
+        r"""Score every input token.
+
+        Args:
+            inputs (Tensor, tuple[Tensor, ...] or EncoderRun): input ids, (batch,
+                tokens); embeddings, (batch, tokens, hidden); images, (batch, channels,
+                height, width); or, for multiple choice, ids or embeddings with (batch,
+                choices, ...), where every choice is explained by itself. In a tuple,
+                the first tensor is that; the others (token types, positions, ...) are
+                passed on and get zeros of their shape. The first tensor must arrive
+                unchanged at the encoder; images may be resized as a whole and
+                normalised by channel. A run of :func:`captum_globenc.record` replaces
+                inputs and ``additional_forward_args``, without a further forward pass.
+            target (int, tuple, Tensor, or list, optional): the output to explain, as
+                for Captum's methods. For an output per token, (batch, tokens, classes)
+                or the start and end logits (batch, tokens) of question answering, it
+                selects the token: an int, or the first element of a tuple. For a head
+                that reads several tokens it may change their weights. For a head that
+                reads one token it does not change the scores. Default: None, a fixed
+                positive combination of all outputs; for an output per token, the
+                model's or its family's pooling.
+            additional_forward_args (Any, optional): further arguments of
+                ``forward_func``, such as ``(attention_mask,)``. Default: None.
+            token_index (int, Tensor, "mean", optional): the token of the last layer to
+                explain, whatever the head reads: one position for all examples, a
+                LongTensor (batch), for multiple choice (batch × choices), or the mean
+                of all tokens. Default: None, what the head reads.
+            internal_batch_size (int, optional): run at most this many examples at once;
+                not allowed with a recorded run. Default: all.
+
+        Returns:
+            *Tensor* or *tuple[Tensor, ...]* of **attributions**, shaped like inputs:
+            - for ids, token scores in the dtype of the forward output, at least 0, and
+              exactly 0 at padding;
+            - for embeddings, (batch, tokens, hidden), whose sum over the last dimension
+              is the token score;
+            - for images, the score of each patch spread over its pixels and channels,
+              and 0 at a margin that makes no whole patch. The scores of special tokens
+              belong to no pixel.
+
+            Scores too large for the dtype are scaled per example, which keeps ratios.
+
+        Raises:
+            InputError: inputs, mask or token_index that cannot be attributed; inputs
+                that do not arrive unchanged at the encoder; a head that reads padding.
+            UnsupportedModelError: no supported encoder, attention that is not softmax
+                weights times values, or a head whose readout cannot be determined.
+            ReconstructionError: the recorded parts do not rebuild a layer.
+            NonFiniteActivationError: NaN or infinity in a layer.
+        """
+        tensors = self._checked(inputs, target)
+        batch = tensors[0].shape[0]
+        size = batch if internal_batch_size is None else internal_batch_size
+        if not is_whole(size) or size < 1:
+            raise InputError(f"internal_batch_size must be at least 1, got {size!r}.")
+        if isinstance(inputs, EncoderRun):
+            if internal_batch_size is not None:
+                raise InputError(
+                    "a run has been made already, whole: internal_batch_size belongs "
+                    "to inputs."
+                )
+            given = additional_forward_args
+            parts = [self._attribute(inputs, given, target, token_index)]
+            is_in_tuple = len(tensors) > 1
+        else:
+            arguments = format_additional_forward_args(additional_forward_args) or ()
+            parts = [
+                self._attribute(
+                    tuple(share(tensor, chosen, batch) for tensor in tensors),
+                    tuple(share(argument, chosen, batch) for argument in arguments),
+                    target[chosen]
+                    if isinstance(target, list)
+                    else share(target, chosen, batch),
+                    share(token_index, chosen, batch),
+                )
+                for start in range(0, batch, size)
+                for chosen in [slice(start, start + size)]
+            ]
+            is_in_tuple = is_tuple(inputs)
+        zeros = [torch.zeros_like(other) for other in tensors[1:]]
+        result = (torch.cat(parts), *zeros)
+        return cast(TensorOrTupleOfTensorsGeneric, format_output(is_in_tuple, result))
+
+    def _attribute(
+        self,
+        inputs: Inputs,
+        arguments: object | None,
+        target: TargetType,
+        token_index: TokenIndex,
+    ) -> Tensor:
+        """Scores of one internal batch, in the shape of its first tensor."""
+        run = self._run(inputs, arguments, differentiate=token_index is None)
+        *_, row = self._sweep(run, target, token_index)
+        first, dtype = run.inputs[0], output_tensor(run.output).dtype
+        if first.is_floating_point():
+            dtype = first.dtype
+        elif not dtype.is_floating_point:
+            dtype = row.values.dtype
+        scores = self._scores(row, dtype).to(first.device)
+        return shaped_like(scores, first, run.grid)
 
     def decompose(
         self, inputs: Inputs, additional_forward_args: object | None = None

@@ -210,7 +210,8 @@ class EncoderRun:
         root = type(self.encoder.root).__name__
         weights = by_pooling(pooling, self.token_mask, self.dtype)
         if weights is None:
-            raise not_found(root, "there is no gradient, and its family has no pooling")
+            why = "there is no gradient, and " if is_checked else ""
+            raise not_found(root, f"{why}no pooling is known of its family")
         if is_checked and not pools_as_said(
             weights, self._run_head, self.final, output_tensor(self.output)
         ):
