@@ -46,8 +46,8 @@ class Row(NamedTuple):
 
 def rows() -> list[Row]:
     """The table of families, in alphabetical order of their titles."""
-    found = [_row(name, family) for name, family in FAMILIES.items()]
-    return sorted(found, key=lambda row: row.title.lower())
+    table = [_row(name, family) for name, family in FAMILIES.items()]
+    return sorted(table, key=lambda row: row.title.lower())
 
 
 def _row(name: str, family: Family) -> Row:

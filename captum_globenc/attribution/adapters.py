@@ -109,10 +109,10 @@ def to_words(
         members = [_word_of_span(span, starts) for span in given]
         words = list(range(len(text.split())))
     place = {word: index for index, word in enumerate(words)}
-    chosen = [index for index, word in enumerate(members) if word in place]
-    target = torch.tensor([place[members[i]] for i in chosen], device=scores.device)
+    indices = [index for index, word in enumerate(members) if word in place]
+    target = torch.tensor([place[members[i]] for i in indices], device=scores.device)
     result = scores.new_zeros(len(words))
-    return result.index_add(0, target.long(), scores[chosen])
+    return result.index_add(0, target.long(), scores[indices])
 
 
 def _check_groups(groups: list[Any], text: str | None) -> None:

@@ -139,14 +139,14 @@ def shown(value: object) -> str:
     return line if len(line) <= 60 else line[:57] + "..."
 
 
-def share(value: Any, chosen: slice, batch: int) -> Any:
-    """The part of an argument that belongs to the chosen examples.
+def share(value: Any, rows: slice, batch: int) -> Any:
+    """The part of an argument that belongs to some of the examples.
 
     As in Captum, tensors are cut and any other argument is passed as it is; a tensor
     that does not have one element per example is passed as it is, too.
     """
     if isinstance(value, Tensor) and value.ndim > 0 and len(value) == batch:
-        return value[chosen]
+        return value[rows]
     return value
 
 

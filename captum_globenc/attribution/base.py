@@ -58,7 +58,7 @@ class RolloutAttribution(Attribution):
             one found in ``forward_func``.
         normalize (bool, optional): sizes of an example's scores sum to 1. Default:
             False.
-        readout (str, optional): how the tokens that the head reads are found,
+        readout (str, optional): how it is determined which tokens the head reads,
             ``"gradient"`` or ``"pooling"``. Default: ``"gradient"``.
     """
 
@@ -174,15 +174,15 @@ class RolloutAttribution(Attribution):
             arguments = format_additional_forward_args(additional_forward_args) or ()
             parts = [
                 self._attribute(
-                    tuple(share(tensor, chosen, batch) for tensor in tensors),
-                    tuple(share(argument, chosen, batch) for argument in arguments),
-                    target[chosen]
+                    tuple(share(tensor, rows, batch) for tensor in tensors),
+                    tuple(share(argument, rows, batch) for argument in arguments),
+                    target[rows]
                     if isinstance(target, list)
-                    else share(target, chosen, batch),
-                    share(token_index, chosen, batch),
+                    else share(target, rows, batch),
+                    share(token_index, rows, batch),
                 )
                 for start in range(0, batch, size)
-                for chosen in [slice(start, start + size)]
+                for rows in [slice(start, start + size)]
             ]
             is_in_tuple = is_tuple(inputs)
         zeros = [torch.zeros_like(other) for other in tensors[1:]]

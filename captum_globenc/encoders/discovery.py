@@ -35,22 +35,22 @@ def find_encoder(root: nn.Module) -> Encoder | None:
     Raises:
         UnsupportedModelError: two encoders, or a part is missing or of another kind.
     """
-    found: dict[int, tuple[str, nn.Module, Family, Architecture]] = {}
+    matches: dict[int, tuple[str, nn.Module, Family, Architecture]] = {}
     inside: set[int] = set()
     for name, module in root.named_modules():
         if id(module) in inside:
             continue
         match = _match(module)
         if match is not None:
-            found[id(module)] = (name, module, *match)
+            matches[id(module)] = (name, module, *match)
             inside.update(id(part) for part in module.modules())
-    if len(found) > 1:
-        names = ", ".join(repr(name) for name, *_ in found.values())
+    if len(matches) > 1:
+        names = ", ".join(repr(name) for name, *_ in matches.values())
         raise UnsupportedModelError(
-            f"{type(root).__name__} holds {len(found)} encoders ({names}) and one is "
+            f"{type(root).__name__} holds {len(matches)} encoders ({names}) and one is "
             "expected: pass the one to explain as encoder=."
         )
-    for name, module, family, architecture in found.values():
+    for name, module, family, architecture in matches.values():
         if _is_too_old_for(family):
             raise _too_old(family)
         return Resolver(name, module, family, architecture).encoder(root)
@@ -106,11 +106,11 @@ def unsupported(root: nn.Module) -> UnsupportedModelError:
     if reasons:
         return UnsupportedModelError(f"{type(root).__name__}: {reasons}")
     if types:
-        found = "model type " + ", ".join(repr(t) for t in types)
+        what = "model type " + ", ".join(repr(t) for t in types)
     else:
-        found = "no model type (no part has a transformers config)"
+        what = "no model type (no part has a transformers config)"
     return UnsupportedModelError(
-        f"{type(root).__name__}: {found} is not supported. Supported model types: "
+        f"{type(root).__name__}: {what} is not supported. Supported model types: "
         f"{', '.join(supported_model_types())}. To add one, describe its layers with "
         "captum_globenc.register_architecture(model_type, Architecture(...))."
     )
@@ -118,17 +118,17 @@ def unsupported(root: nn.Module) -> UnsupportedModelError:
 
 def refusals(types: list[str]) -> str:
     """Why known families among these model types cannot be decomposed; "" for none."""
-    found = [
+    reasons = [
         f"model type {kind!r} is not supported: it {reason}."
         for kind in dict.fromkeys(types)
         if (reason := reason_against(kind)) is not None
     ]
-    if found:
-        found.append(
+    if reasons:
+        reasons.append(
             "Captum's own methods, such as LayerIntegratedGradients, need no "
             "decomposition and explain it."
         )
-    return " ".join(found)
+    return " ".join(reasons)
 
 
 def no_encoder_ran(candidates: list[tuple[str, str | None]]) -> UnsupportedModelError:
@@ -145,10 +145,10 @@ def no_encoder_ran(candidates: list[tuple[str, str | None]]) -> UnsupportedModel
     names = [
         f"{name} of model type {kind!r}" if kind else name for name, kind in candidates
     ]
-    seen = ", ".join(dict.fromkeys(names)) or "no torch.nn.Module"
+    ran = ", ".join(dict.fromkeys(names)) or "no torch.nn.Module"
     return UnsupportedModelError(
         "No supported encoder ran inside forward_func (seen: "
-        f"{seen}; supported model types: {', '.join(supported_model_types())})"
+        f"{ran}; supported model types: {', '.join(supported_model_types())})"
         ". Pass the whole model as encoder=, or describe its layers with "
         "captum_globenc.register_architecture. What torch.compile made of a function "
         "cannot be seen: pass the function itself."

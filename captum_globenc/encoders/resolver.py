@@ -107,11 +107,11 @@ def submodule(module: nn.Module, path: str) -> nn.Module | None:
     Not ``get_submodule``: wrappers such as PEFT's pretend to have the parts of what
     they wrap. Wrappers that change nothing are looked through.
     """
-    found: nn.Module | None = unwrapped(module)
+    part: nn.Module | None = unwrapped(module)
     for name in path.split(".") if path else []:
-        part = None if found is None else found._modules.get(name)
-        found = None if part is None else unwrapped(part)
-    return found
+        inner = None if part is None else part._modules.get(name)
+        part = None if inner is None else unwrapped(inner)
+    return part
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -123,8 +123,8 @@ def unwrapped(module: nn.Module) -> nn.Module:
         return unwrapped(compiled)
     if original is not None and copies is not None:
         active = [] if module.disable_adapters else list(module.active_adapters)  # type: ignore[arg-type]
-        chosen = [copies._modules.get(name) for name in active]
-        return next((copy for copy in chosen if copy is not None), original)
+        trained = [copies._modules.get(name) for name in active]
+        return next((copy for copy in trained if copy is not None), original)
     return module
 
 
@@ -133,10 +133,10 @@ def layers_of(module: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
     owners = [("", unwrapped(module))]
     for name in path.split(".") if path else []:
         owners = [
-            (f"{owner_name}.{found_name}".lstrip("."), unwrapped(found))
+            (f"{owner_name}.{part_name}".lstrip("."), unwrapped(part))
             for owner_name, owner in owners
-            for found_name, found in owner._modules.items()
-            if found is not None and name in (found_name, "*")
+            for part_name, part in owner._modules.items()
+            if part is not None and name in (part_name, "*")
         ]
     lists = (nn.ModuleList, nn.Sequential)
     if not path and not isinstance(module, lists):

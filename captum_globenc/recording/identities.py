@@ -22,7 +22,7 @@ from captum_globenc.recording.verification import Identity, rounding_unit
 
 @dataclass
 class LayerDraft:
-    """What is seen of a layer while it runs.
+    """What is projected of a layer while it runs.
 
     Args:
         name (str): the layer's name in the model.
@@ -85,15 +85,15 @@ def project(
     probes = weights.probes
     dtype, hidden = probes.dtype, draft.inputs["layer"].shape[-1]
     # Often one tensor is the output of a part and the input of the next.
-    seen: dict[int, Tensor] = {}
+    projected: dict[int, Tensor] = {}
     if below is not None and draft.is_input_from_below:
-        seen[id(draft.inputs["layer"])] = below["layer.output"]
+        projected[id(draft.inputs["layer"])] = below["layer.output"]
     result = {}
     for part, side, tensor in draft.steps:
         if tensor.shape[-1] == hidden:
-            if id(tensor) not in seen:
-                seen[id(tensor)] = probes.T @ tensor.detach().to(dtype).mT
-            result[f"{part}.{side}"] = seen[id(tensor)]
+            if id(tensor) not in projected:
+                projected[id(tensor)] = probes.T @ tensor.detach().to(dtype).mT
+            result[f"{part}.{side}"] = projected[id(tensor)]
     result["below"] = result["layer.input"] if below is None else below["layer.output"]
     scale = draft.modules.feed_forward_layer_scale
     if scale is not None:
@@ -188,11 +188,11 @@ def identities_of(
     added = ("layer.input", "branch", "offset")
     is_pre_norm = "feed_forward_norm.input" in steps
     if is_pre_norm:
-        sum_of, found = "its feed-forward norm", "feed_forward_norm.input"
+        sum_of, total = "its feed-forward norm", "feed_forward_norm.input"
         parts = ("feed_forward_norm.input", "feed_forward.output")
         identities = [identity("its output", "layer.output", *parts)]
     else:
-        sum_of, found = "its attention norm", "attention_norm.input"
+        sum_of, total = "its attention norm", "attention_norm.input"
         parts = ("attention_norm.output", "feed_forward.output")
         identities = [
             identity("its output", "layer.output", "output_norm.output"),
@@ -201,7 +201,7 @@ def identities_of(
             normed("output_norm"),
         ]
     what = f"the input of {sum_of}"
-    identities.append(identity(what, found, *added, size="branch.size"))
+    identities.append(identity(what, total, *added, size="branch.size"))
     if "below" in steps:
         what = "its input from the layer below"
         identities.append(identity(what, "layer.input", "below"))

@@ -129,11 +129,11 @@ def check_shape(inputs: Tensor, token_mask: Tensor, grid: Grid | None) -> None:
         leading = inputs.shape[:-1] if inputs.is_floating_point() else inputs.shape
         fits = (leading[:-1].numel(), leading[-1]) == (batch, tokens)
     if not fits:
-        seen = f"(batch, tokens) = {(batch, tokens)}"
+        shown = f"(batch, tokens) = {(batch, tokens)}"
         if grid is not None:
-            seen += f", images of {grid.rows} by {grid.columns} patches"
+            shown += f", images of {grid.rows} by {grid.columns} patches"
         raise InputError(
-            f"inputs have shape {tuple(inputs.shape)} and the encoder saw {seen}; "
+            f"inputs have shape {tuple(inputs.shape)} and the encoder saw {shown}; "
             "inputs must be its ids (batch, tokens), embeddings (batch, tokens, "
             "hidden) or images (batch, channels, height, width)."
         )

@@ -112,10 +112,10 @@ def _first_hidden(
     model: nn.Module, inputs: tuple[Tensor, ...], run: EncoderRun
 ) -> Tensor:
     """What goes into the first layer, (batch, tokens, hidden)."""
-    seen: list[Tensor] = []
+    inputs_of_first: list[Tensor] = []
 
     def stop(_: nn.Module, args: Any, kwargs: Any) -> None:
-        seen.append(hidden_states(args, kwargs))
+        inputs_of_first.append(hidden_states(args, kwargs))
         raise _ReachedError
 
     first = run.encoder.layers[0].layer
@@ -128,7 +128,7 @@ def _first_hidden(
     finally:
         hook.remove()
     batch_first = run.encoder.architecture.batch_first
-    return seen[0] if batch_first else seen[0].transpose(0, 1)
+    return inputs_of_first[0] if batch_first else inputs_of_first[0].transpose(0, 1)
 
 
 def _change(before: Tensor, after: Tensor, kept: Tensor) -> Tensor:
@@ -142,14 +142,14 @@ def _alone(run: EncoderRun, index: int, hidden: Tensor) -> tuple[Tensor, Tensor]
     Returns:
         *tuple* of (batch, tokens, hidden) and (batch, tokens, heads × head size).
     """
-    seen: list[Tensor] = []
+    values: list[Tensor] = []
 
     def own(call: AttentionCall) -> Tensor:
-        seen.append(call.value.transpose(1, 2).flatten(2))
+        values.append(call.value.transpose(1, 2).flatten(2))
         return call.value
 
     output = run.replay(index, own, hidden)
-    return output.float(), seen[0].float()
+    return output.float(), values[0].float()
 
 
 def _shuffle(values: Tensor, order: Tensor) -> Tensor:

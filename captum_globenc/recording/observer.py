@@ -124,11 +124,12 @@ class Observer(AttentionMode):
             self._look(module)
         if self.recorder is not None:
             self._leave_inference_mode()
-            encoder = self.recorder.encoder
-            if module in (encoder.module, encoder.embeddings):
-                self._is_inside = True
             self.recorder.module_begins(module, args)
-            self._begin_layers(module, args, {})
+            if not self._is_inside:
+                encoder = self.recorder.encoder
+                self._is_inside = module in (encoder.module, encoder.embeddings)
+            if self.recorder.has_begun:
+                self._begin_layers(module, args, {})
 
     def _leave(self, module: nn.Module, args: Any, *rest: Any) -> Any:
         if torch.compiler.is_compiling() or threading.get_ident() != self._thread:
@@ -139,20 +140,31 @@ class Observer(AttentionMode):
         if recorder is None:
             return None
         if not recorder.has_begun:
-            named = [kwargs.get(name) for name in _TOKEN_ARGUMENTS]
-            taken = _shapes([*args, *named, *kwargs.values()])
-            given = output if isinstance(output, tuple | list) else [output]
-            self.early[module] = (taken, _shapes(given))
-        self._begin_layers(module, args, kwargs)
-        encoder = recorder.encoder
+            self._keep_early(module, args, kwargs, output, recorder.encoder)
+        elif self.head is not None and self.head.hidden is None:
+            self._begin_layers(module, args, kwargs)
+        if module is recorder.encoder.module:
+            self._keep_arrived(args, kwargs)
+        return recorder.module_ends(module, args, kwargs, output)
+
+    def _keep_early(
+        self, module: nn.Module, args: Any, kwargs: Any, output: Any, encoder: Encoder
+    ) -> None:
+        """Keep of what runs in front of the layers what says where inputs go."""
+        named = [kwargs.get(name) for name in _TOKEN_ARGUMENTS]
+        taken = _shapes([*args, *named, *kwargs.values()])
+        given = output if isinstance(output, tuple | list) else [output]
+        self.early[module] = (taken, _shapes(given))
         if module is encoder.token_table:
             self.embedded.append(output)
-        if module in (encoder.module, encoder.embeddings, encoder.patches):
-            if isinstance(kwargs.get("inputs_embeds"), Tensor):
-                self.embeddings.append(kwargs["inputs_embeds"])
-            values = (*args, *kwargs.values())
-            self.arrived += [value for value in values if isinstance(value, Tensor)]
-        return recorder.module_ends(module, args, kwargs, output)
+        if module in (encoder.embeddings, encoder.patches):
+            self._keep_arrived(args, kwargs)
+
+    def _keep_arrived(self, args: Any, kwargs: Any) -> None:
+        if isinstance(kwargs.get("inputs_embeds"), Tensor):
+            self.embeddings.append(kwargs["inputs_embeds"])
+        values = (*args, *kwargs.values())
+        self.arrived += [value for value in values if isinstance(value, Tensor)]
 
     def _begin_layers(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Tell the head's follower of the input of the first layer."""

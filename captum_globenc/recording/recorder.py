@@ -39,7 +39,11 @@ from captum_globenc.recording.records import (
     probed,
 )
 from captum_globenc.recording.replay import first_tensor, hidden_states, replay
-from captum_globenc.recording.token_mask import attended_in, check_token_mask, masked_in
+from captum_globenc.recording.token_mask import (
+    attention_targets,
+    check_token_mask,
+    masked_in,
+)
 from captum_globenc.recording.verification import Fit, fits
 
 
@@ -92,8 +96,10 @@ class Recorder:
 
     def module_begins(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A module of the model is about to run."""
+        if module not in self._begins:
+            return
         with torch._C.DisableTorchFunction():  # What runs here is not the model's.
-            for begin in self._begins.get(module, ()):
+            for begin in self._begins[module]:
                 begin(args)
 
     def module_ends(
@@ -101,8 +107,10 @@ class Recorder:
     ) -> Any:
         """A module has run; what is returned takes its output's place."""
         replaced = None
+        if module not in self._ends:
+            return replaced
         with torch._C.DisableTorchFunction():
-            for end in self._ends.get(module, ()):
+            for end in self._ends[module]:
                 result = end(args, kwargs, output if replaced is None else replaced)
                 replaced = replaced if result is None else result
         return replaced
@@ -392,6 +400,7 @@ class Recorder:
             }
             value, context = (v.detach().to(dtype) for v in (call.value, call.context))
             value_probe = probed(value)
+            context_probe = head_signs(context).T @ context.mT
             below = self._projections[-1] if self._projections else None
             projections = {
                 **project(draft, weights, deviations, below),
@@ -414,7 +423,7 @@ class Recorder:
                 deviations=deviations,
                 hidden_probe=projections["layer.input"][:, 0],
                 value_probe=value_probe,
-                context_probe=probed(context),
+                context_probe=context_probe,
                 weights=weights,
                 replay=functools.partial(
                     replay,
@@ -461,7 +470,7 @@ class Recorder:
         else:
             # Small weights of a layer may be rounded to 0: all layers count.
             calls = [draft.call for draft in self._drafts if draft.call is not None]
-            token_mask = attended_in(calls, self._given_mask)
+            token_mask = attention_targets(calls, self._given_mask)
         if self._token_mask is None:
             check_token_mask(token_mask)
             self._token_mask = token_mask

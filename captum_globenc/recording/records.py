@@ -25,7 +25,7 @@ _DIRECTIONS = 3
 def take(
     values: Shaped[Tensor, "batch tokens *rest"], receivers: Receivers
 ) -> Shaped[Tensor, "batch receivers *rest"]:
-    """The chosen receivers along dimension 1.
+    """The given receivers along dimension 1.
 
     Args:
         values (Tensor): (batch, tokens, ...).
@@ -70,8 +70,9 @@ class LayerRecord:
         hidden_probe (Tensor): ``hidden`` in a random direction, (batch, tokens).
         value_probe (Tensor): the values in a few random directions, and their size,
             (batch, heads, directions + 1, tokens).
-        context_probe (Tensor): likewise the attention's output: what the attention
-            weights must reproduce from the values.
+        context_probe (Tensor): the attention's output in these directions, (batch,
+            heads, directions, tokens): what the attention weights must reproduce from
+            the values.
         weights (LayerWeights): the layer's prepared weights.
         token_mask (Tensor): (batch, tokens), False at padding.
         replay (Callable): runs the layer again with another attention, see
@@ -84,8 +85,8 @@ class LayerRecord:
     hidden: Float[Tensor, "batch tokens hidden"]
     deviations: dict[str, Tensor]
     hidden_probe: Float[Tensor, "batch tokens"]
-    value_probe: Float[Tensor, "batch heads directions tokens"]
     context_probe: Float[Tensor, "batch heads directions tokens"]
+    value_probe: Float[Tensor, "batch heads directions+1 tokens"]
     weights: LayerWeights
     replay: Callable[..., Tensor]
     versions: tuple[Version, ...]
@@ -143,33 +144,33 @@ class LayerRecord:
         check(
             self.name,
             "the attention output",
-            (true - rebuilt)[:, :, :-1].norm(dim=2),
-            (true + rebuilt)[:, :, -1] * slack,
+            (true - rebuilt[:, :, :-1]).norm(dim=2),
+            2 * rebuilt[:, :, -1] * slack,
             take(self.token_mask, receivers)[:, None],
             limit,
         )
         return alpha.transpose(2, 3)
 
-    def examples(self, chosen: slice) -> LayerRecord:
+    def examples(self, rows: slice) -> LayerRecord:
         """The record of some of the examples, sharing memory with this one."""
         call = self.call
         mask = call.mask
         parts: dict[str, Any] = {
-            name: None if part is None else part[chosen]
+            name: None if part is None else part[rows]
             for name in ("value", "context", "weights", "query", "key")
             for part in [getattr(call, name)]
         }
         if mask is not None and len(mask) > 1:
-            mask = mask[chosen]
+            mask = mask[rows]
         return replace(
             self,
             call=call._replace(**parts, mask=mask),
-            hidden=self.hidden[chosen],
-            deviations={name: s[chosen] for name, s in self.deviations.items()},
-            hidden_probe=self.hidden_probe[chosen],
-            value_probe=self.value_probe[chosen],
-            context_probe=self.context_probe[chosen],
-            token_mask=self.token_mask[chosen],
+            hidden=self.hidden[rows],
+            deviations={name: s[rows] for name, s in self.deviations.items()},
+            hidden_probe=self.hidden_probe[rows],
+            value_probe=self.value_probe[rows],
+            context_probe=self.context_probe[rows],
+            token_mask=self.token_mask[rows],
         )
 
     def change(self) -> Tensor:

@@ -20,7 +20,7 @@ def masked_in(call: AttentionCall) -> Tensor:
     return allowed.any(1).any(1).expand(batch, tokens)
 
 
-def attended_in(calls: list[AttentionCall], given: Tensor | None) -> Tensor:
+def attention_targets(calls: list[AttentionCall], given: Tensor | None) -> Tensor:
     """(batch, tokens): the sources to which a token attends in some layer.
 
     Args:
