@@ -14,6 +14,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import transformers as t
+from packaging.version import Version
 from torch import Tensor, nn
 
 from captum_globenc import GlobEnc, InputError, UnsupportedModelError
@@ -345,6 +346,8 @@ def test_what_hooks_keep_of_the_encoder(parts, part, keep) -> None:
 
 @pytest.mark.parametrize("seen", [True, False])
 def test_lower_layers_through_code_that_is_not_seen(parts, seen) -> None:
+    if not seen and Version(t.__version__) < Version("5.20"):
+        pytest.skip("older releases keep hidden states before hooks see them")
     ids = torch.stack([sentence(TOKENS), sentence(TOKENS, seed=1)])
 
     class Second(torch.autograd.Function):

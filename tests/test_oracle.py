@@ -71,6 +71,9 @@ def test_the_oracle_computes_the_model(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_local_scores_and_rollout(family: str, name: str, dtype: torch.dtype) -> None:
     model = build(family, dtype)
+    # LayoutLM's eager attention takes its softmax in float32 in older releases.
+    is_eager = family == "layoutlm" and model.config._attn_implementation == "eager"
+    limit = LIMIT[torch.float32 if is_eager else dtype]
     sentences = [sentence(n, seed=n) for n in LENGTHS]
     ids, mask = padded(sentences, extra=1)
     globenc = GlobEnc(model, local=name)
@@ -83,12 +86,12 @@ def test_local_scores_and_rollout(family: str, name: str, dtype: torch.dtype) ->
         layers = literal(family, dtype)[row]
         expected = [oracle.local_score(layer, name) for layer in layers]
         for index, local in enumerate(expected):
-            assert relative(found.local[row, index, :n, :n], local) <= LIMIT[dtype]
+            assert relative(found.local[row, index, :n, :n], local) <= limit
             partial = oracle.rollout(expected[: index + 1])
             got = found.rollout(stop=index + 1)[row, :n, :n]
-            assert relative(got, partial) <= LIMIT[dtype]
+            assert relative(got, partial) <= limit
         read = FAMILIES[family].reads(example) @ oracle.rollout(expected)
-        assert relative(scores[row, :n], read) <= LIMIT[dtype]
+        assert relative(scores[row, :n], read) <= limit
         assert not scores[row, n:].any()
         assert not found.local[row, :, n:].any()
         assert not found.local[row, :, :, n:].any()

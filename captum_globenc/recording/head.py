@@ -31,10 +31,16 @@ class HeadFollower:
         token_weights (Tensor or None): the encoder's table of tokens.
         has_others (bool): the caller has named this encoder among several, and knows
             that others read the inputs, too.
+        originals (dict[int, tuple[Tensor, Tensor]]): id of a layer's output → it, and
+            what was handed on in its place.
     """
 
     def __init__(
-        self, inputs: Tensor, token_weights: Tensor | None, has_others: bool
+        self,
+        inputs: Tensor,
+        token_weights: Tensor | None,
+        has_others: bool,
+        originals: dict[int, tuple[Tensor, Tensor]],
     ) -> None:
         #: What the head reads that no gradient follows.
         self.unfollowed: list[str] = []
@@ -46,6 +52,7 @@ class HeadFollower:
         self.lowest: Tensor | None = None
         self._inputs = inputs
         self._has_others = has_others
+        self._originals = originals
         self._token_weights = token_weights
         self._made: dict[int, weakref.ref[Tensor]] = {}
         self._detached: dict[int, tuple[Tensor, Tensor]] = {}
@@ -113,8 +120,9 @@ class HeadFollower:
             return type(value)(map(self._followed, value))
         if not isinstance(value, Tensor):
             return value
-        if id(value) in self._detached:
-            return self._detached[id(value)][1]
+        for known in (self._detached, self._originals):
+            if id(value) in known:
+                return known[id(value)][1]
         if value is self.hidden:
             if self.lowest is None:
                 self.lowest = value.detach().requires_grad_()

@@ -110,7 +110,10 @@ class Observer(AttentionMode):
         self.recorder = self._make_recorder(encoder)
         if self._differentiate:
             self.head = HeadFollower(
-                self._inputs, encoder.token_weights, self._is_named
+                self._inputs,
+                encoder.token_weights,
+                self._is_named,
+                self.recorder.originals,
             )
         self._undo.enter_context(evaluating(encoder.root))
         self._undo.enter_context(uncompiled(encoder.root))

@@ -75,6 +75,8 @@ class Recorder:
         self.final: Tensor | None = None
         #: Layer → its output as a leaf, as the model has it.
         self.leaves: dict[int, Tensor] = {}
+        #: Outputs of layers as they were, for who kept them, and what was handed on.
+        self.originals: dict[int, tuple[Tensor, Tensor]] = {}
         self._weights = weights
         self._shape = shape
         self._differentiate = differentiate
@@ -287,6 +289,7 @@ class Recorder:
             return None
         self._output = states.detach().requires_grad_()
         self.leaves[len(self._drafts)] = self._output
+        self.originals[id(states)] = (states, self._output)
         return self._output
 
     def _as_recorded(self, hidden: Tensor) -> Tensor:
@@ -339,6 +342,7 @@ class Recorder:
         torch._C._set_grad_enabled(True)
         # A copy, so that a head may write into it.
         self._handed = Version.of(self.final.clone())
+        self.originals[id(states)] = (states, self._handed.tensor)
         return self._handed.tensor
 
     # After the run
@@ -374,6 +378,7 @@ class Recorder:
         self._ends.clear()
         self._records.clear()
         self._drafts.clear()
+        self.originals.clear()
 
     @property
     def token_mask(self) -> Tensor:
