@@ -40,7 +40,7 @@ _FIRST_NORM = ("attention_norm",)
 # How many tokens and heads are multiplied at once: few enough to stay in the cache and
 # to leave out most of the symmetric half, enough to keep the processor busy.
 _TOKEN_CHUNK = 512
-_HEAD_GROUP = 6
+_HEAD_GROUP = 4
 
 
 def attention_weights(record: LayerRecord) -> Rows:

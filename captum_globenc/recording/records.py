@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from captum_globenc.recording.verification import check, rounding_unit, toleranc
 #: positions of each.
 Receivers = slice | Tensor
 # Random directions of the head size in which attention outputs are compared.
-_DIRECTIONS = 3
+_DIRECTIONS = 2
 
 
 def take(
@@ -136,7 +137,7 @@ class LayerRecord:
             )
             # Rounding of a logit is that of the product, and exp makes it relative.
             largest = query.norm(dim=-1) * call.softmax_scale
-            largest = largest.transpose(1, 2) * key.norm(dim=-1).amax(-1, keepdim=True)
+            largest = largest.transpose(1, 2) * self._key_size
             slack = 1 + largest * (torch.finfo(self.dtype).eps / limit)
         rebuilt = self.value_probe @ alpha
         true = take(self.context_probe.permute(0, 3, 1, 2), receivers)
@@ -150,6 +151,14 @@ class LayerRecord:
             limit,
         )
         return alpha.transpose(2, 3)
+
+    @functools.cached_property
+    def _key_size(self) -> Tensor:
+        """The norm of the largest key of each head, (batch, heads, 1)."""
+        assert self.call.key is not None
+        key = self.call.key.to(self.dtype)
+        largest: Tensor = key.norm(dim=-1).amax(-1, keepdim=True)
+        return largest
 
     def examples(self, rows: slice) -> LayerRecord:
         """The record of some of the examples, sharing memory with this one."""
