@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers as t
 from torch import Tensor
 
 from captum_globenc import GlobEnc
-from captum_globenc.errors import InputError
+from captum_globenc.errors import InputError, UnsupportedModelError
 from tests import oracle
 from tests.models import FAMILIES, PAD, build, encoder_of, sentence
 
@@ -73,3 +74,30 @@ def test_no_token_takes_from_later_ones(family: str) -> None:
     ids, mask, _ = left_padded()
     local = GlobEnc(build(family)).decompose(ids, (mask,)).local
     assert not local.triu(1).any()
+
+
+@pytest.mark.parametrize("kind", ["Bart", "MBart"])
+def test_a_decoder_that_reads_the_tokens_too(kind: str) -> None:
+    """Its classifier reads the decoder; the encoder is explained for a token."""
+    config = getattr(t, f"{kind}Config")(
+        vocab_size=97,
+        d_model=24,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=36,
+        decoder_ffn_dim=36,
+        max_position_embeddings=40,
+        num_labels=3,
+        pad_token_id=1,
+        bos_token_id=0,
+        eos_token_id=2,
+    )
+    model = getattr(t, f"{kind}ForSequenceClassification")(config).double().eval()
+    ids = torch.tensor([[0, 5, 6, 7, 2]])
+    with pytest.raises(UnsupportedModelError, match="tokens by themselves"):
+        GlobEnc(model).attribute(ids, 1)
+    scores = GlobEnc(model).attribute(ids, 1, token_index="mean")
+    rollout = GlobEnc(model).decompose(ids).rollout()
+    torch.testing.assert_close(scores, rollout.mean(1), rtol=1e-12, atol=0)
