@@ -294,8 +294,14 @@ def test_a_head_that_reads_attention_weights(parts) -> None:
         output = eager.bert(ids, output_attentions=True)
         return output.attentions[-1].mean(1)[:, 0, :3] + output.pooler_output[:, :3]
 
-    with pytest.raises(UnsupportedModelError, match="made inside the encoder"):
-        GlobEnc(run).attribute(sentence(TOKENS)[None], 1)
+    def by_numpy(ids: Tensor) -> Tensor:
+        output = eager.bert(ids, output_attentions=True)
+        weights = torch.from_numpy(output.attentions[-1].numpy())
+        return weights.mean(1)[:, 0, :3] + output.pooler_output[:, :3]
+
+    for forward_func in (run, by_numpy):
+        with pytest.raises(UnsupportedModelError, match="made inside the encoder"):
+            GlobEnc(forward_func).attribute(sentence(TOKENS)[None], 1)
 
 
 OUT_OF_SIGHT: dict[str, Head] = {

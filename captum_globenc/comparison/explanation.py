@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import operator
 import time
@@ -19,7 +18,11 @@ from captum_globenc.attribution.globenc import GlobEnc
 from captum_globenc.comparison.methods import Method, logits_of, methods_named
 from captum_globenc.contributions.rollout import Decomposition
 from captum_globenc.encoders.discovery import find_encoder, unsupported
-from captum_globenc.errors import InputError, NonFiniteActivationError
+from captum_globenc.errors import (
+    InputError,
+    NonFiniteActivationError,
+    did_you_mean,
+)
 from captum_globenc.recording.evaluation_mode import evaluating
 
 _MOST_LABELS_SHOWN = 20
@@ -314,8 +317,7 @@ def find_class(target: object, outputs: list[ClassScore]) -> ClassScore:
     try:
         index = int(name)
     except ValueError:
-        near = difflib.get_close_matches(name.casefold(), folded, n=1)
-        hint = f" Did you mean {labels[folded.index(near[0])]!r}?" if near else ""
+        hint = did_you_mean(name, labels)
         raise InputError(f"unknown label {target!r}; known: {known}.{hint}") from None
     if not 0 <= index < len(outputs):
         raise InputError(

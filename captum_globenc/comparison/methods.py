@@ -9,7 +9,6 @@ method has one. Those that draw random numbers draw the same ones for the same t
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import warnings
 import zlib
@@ -39,7 +38,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from captum_globenc.attribution.base import RolloutAttribution
 from captum_globenc.attribution.globenc import GlobEnc
 from captum_globenc.contributions.norm_scores import LOCAL_SCORES, local_score
-from captum_globenc.errors import InputError
+from captum_globenc.errors import InputError, named
 
 Scorer = Callable[..., Tensor]
 
@@ -162,14 +161,7 @@ def methods_named(
     available = {**METHODS, "globenc": _globenc_of(local)}
     chosen = {}
     for name in [names] if isinstance(names, str) else names:
-        if name not in available:
-            folded = {known.casefold(): known for known in available}
-            near = difflib.get_close_matches(str(name).casefold(), folded, n=1)
-            hint = f" Did you mean {folded[near[0]]!r}?" if near else ""
-            raise InputError(
-                f"unknown method {name!r}; known: {', '.join(available)}.{hint}"
-            )
-        chosen[name] = available[name]
+        chosen[name] = named(available, name, "method")
     if not chosen:
         raise InputError(f"no method asked for; known: {', '.join(available)}.")
     return chosen

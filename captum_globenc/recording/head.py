@@ -86,7 +86,8 @@ class HeadFollower:
         if func in (nn.functional.embedding, nn.functional.one_hot):
             self._look_up(*args, **kwargs)
         result = func(*args, **kwargs)
-        if result is not None and not any(True for _ in _tensors(result)):
+        is_value = name in _EXITS or any(True for _ in _tensors(result))
+        if result is not None and not is_value:
             del self.unfollowed[known:]  # A shape or dtype is no value.
         if follows and self._is_severed(name, result):
             self.has_left_torch = True

@@ -86,7 +86,7 @@ class Recorder:
         self._units: list[float] = []
         self._handed: Version | None = None
         self._output: Tensor | None = None
-        self._final_norm: tuple[Tensor, Tensor] | None = None
+        self._has_final_norm = False
         self._given_mask: Tensor | None = None
         self._token_mask: Tensor | None = None
         self._mask: Tensor | None = None
@@ -319,7 +319,7 @@ class Recorder:
                 )
 
     def _keep_final(self, args: Any, kwargs: Any, output: Tensor) -> Any:
-        if self._final_norm is not None:
+        if self._has_final_norm:
             raise UnsupportedModelError(
                 "the norm after the last layer ran more than once inside forward_func."
             )
@@ -327,7 +327,7 @@ class Recorder:
             before, draft = hidden_states(args, kwargs), self._drafts[-1]
             draft.inputs["final_norm"] = self._batch_first(before)
             draft.outputs["final_norm"] = self._batch_first(output)
-            self._final_norm = (before, output)
+            self._has_final_norm = True
             self._project(draft)
         return self._enter_head(output)
 
@@ -359,7 +359,7 @@ class Recorder:
                 "ran inside forward_func; each layer must run once, in the calling "
                 "thread."
             )
-        if self.encoder.final_norm is not None and self._final_norm is None:
+        if self.encoder.final_norm is not None and not self._has_final_norm:
             raise UnsupportedModelError(
                 f"{type(self.encoder.module).__name__}: the norm after its last layer "
                 "did not run; see captum_globenc.register_architecture."
@@ -418,12 +418,17 @@ class Recorder:
             for name, part in call._asdict().items()
             if name != "softmax_scale"
         }
-        tensors["context"] = call.context.detach()[..., :0]
+        # Not a view, which would keep the whole.
+        tensors["context"] = call.context.detach()[..., :0].clone()
+        draft.call = call._replace(**tensors)
+        # The parts' tensors were needed for the projections only.
+        draft.inputs.clear()
+        draft.outputs.clear()
         self._records.append(
             functools.partial(
                 LayerRecord,
                 name=draft.name,
-                call=call._replace(**tensors),
+                call=draft.call,
                 hidden=hidden,
                 deviations=deviations,
                 hidden_probe=projections["layer.input"][:, 0],
