@@ -125,7 +125,7 @@ class AttentionMode(TorchFunctionMode):
         if name == _MULTIHEAD:
             self.project(args[2] if len(args) > 2 else kwargs["value"])
             with self:
-                return _transparent(func)(*args, **kwargs)
+                return transparent(func)(*args, **kwargs)
         if name == _SDPA:
             return self._sdpa(func, shape, *args, **kwargs)
         result = func(*args, **kwargs)
@@ -190,7 +190,7 @@ class AttentionMode(TorchFunctionMode):
         return context if replaced is None else replaced.reshape(context.shape)
 
 
-def _transparent(func: Callable[..., Any]) -> Callable[..., Any]:
+def transparent(func: Callable[..., Any]) -> Callable[..., Any]:
     """The same Python function, which does not hand itself to a mode.
 
     Functions of torch that are written in Python are seen as one call. Run like this,

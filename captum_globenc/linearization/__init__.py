@@ -1,0 +1,1 @@
+"""One backward pass through a model that is made linear, operation by operation."""

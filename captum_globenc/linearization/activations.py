@@ -1,0 +1,92 @@
+"""Modules that are one element-wise activation, however many operations they take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_globenc.linearization.rules import slope_at_zero, through_origin
+
+# Elements on which a module is tested.
+_SAMPLE = 64
+
+
+def takes_one_tensor(module: nn.Module, args: tuple[Any, ...]) -> bool:
+    """Whether a module without parameters is called with one tensor of numbers."""
+    return (
+        len(args) == 1
+        and isinstance(args[0], Tensor)
+        and args[0].is_floating_point()
+        and args[0].requires_grad
+        and not module._modules
+        and not module._parameters
+        and not module._buffers
+    )
+
+
+def is_trusted(module: nn.Module) -> bool:
+    """Whether a module is a known activation, as its library wrote it."""
+    kind = type(module)
+    known = kind.__module__ in (
+        "torch.nn.modules.activation",
+        "transformers.activations",
+    )
+    return known and "forward" not in module.__dict__ and not _is_over_rows(module)
+
+
+def linearized(module: nn.Module, u: Tensor, output: Any) -> Tensor | None:
+    """The output with the slope through the origin, where a module is element-wise.
+
+    Args:
+        module (nn.Module): what ran.
+        u (Tensor): what it was given.
+        output (Any): what it gave.
+
+    Returns:
+        *Tensor*, the same values; None: it is no element-wise function with f(0) = 0.
+    """
+    if not isinstance(output, Tensor) or output.shape != u.shape or output is u:
+        return None
+    with torch._C.DisableTorchFunction():
+        if not is_trusted(module) and not _is_elementwise(module, u, output):
+            return None
+        key = (type(module), repr(sorted(module.__dict__.items(), key=str)))
+        limit = slope_at_zero(key, module.forward)
+        if limit is None:
+            return None
+        values = output.detach()
+        return through_origin(u, lambda _: values.view_as(values), limit)
+
+
+def _is_over_rows(module: nn.Module) -> bool:
+    """Activations of torch's that are not element-wise."""
+    return isinstance(
+        module,
+        (
+            nn.Softmax,
+            nn.Softmin,
+            nn.Softmax2d,
+            nn.LogSoftmax,
+            nn.GLU,
+            nn.MultiheadAttention,
+        ),
+    )
+
+
+def _is_elementwise(module: nn.Module, u: Tensor, output: Tensor) -> bool:
+    """Whether elements taken by themselves, in another order, give the same."""
+    count = min(_SAMPLE, u.numel())
+    index = torch.linspace(u.numel() - 1, 0, count, device=u.device).long()
+    with torch.no_grad():
+        try:
+            alone = module.forward(u.detach().flatten()[index])
+        except (RuntimeError, IndexError, ValueError):
+            return False  # It needs the shape.
+    if not isinstance(alone, Tensor) or alone.shape != index.shape:
+        return False
+    eps = torch.finfo(u.dtype).eps
+    return torch.allclose(
+        alone, output.detach().flatten()[index], rtol=8 * eps, atol=eps
+    )

@@ -1,0 +1,222 @@
+r"""What operations hand back in the backward pass; what they compute stays the same.
+
+Gradient × input in a network of these rules is relevance propagation: the relevance of
+a value :math:`x` is :math:`\langle \partial y / \partial x, x \rangle`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_SLOPES_AT_ZERO: dict[tuple[object, ...], float] = {}
+
+
+class Ledger:
+    """Relevance that ends inside the network, of one run.
+
+    A linear network hands all relevance on to its inputs and its constants. Softmax is
+    not linear and keeps some.
+    """
+
+    def __init__(self) -> None:
+        #: Copies of biases that take a gradient.
+        self.biases: list[Tensor] = []
+        #: Relevance that other constants or softmax took, a number each.
+        self.taken: list[Tensor] = []
+        #: Relevance of biases that belong to one token, by token, as it comes.
+        self.by_token: list[Tensor] = []
+
+    def bias(self, bias: Tensor | None) -> Tensor | None:
+        """The same bias, taking a gradient of its own."""
+        if bias is None or bias.requires_grad:
+            return bias
+        self.biases.append(bias.detach().requires_grad_())
+        return self.biases[-1]
+
+
+def share(value: Tensor, factor: float, ledger: Ledger | None = None) -> Tensor:
+    """The same value, with this part of its gradient.
+
+    With a ledger, what is handed back is taken off it: together with :func:`entry` of
+    the result, what an operation keeps for itself.
+    """
+    return _Share.apply(value, factor, ledger)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def entry(result: Tensor, ledger: Ledger) -> Tensor:
+    """The same value; the relevance that arrives here is put down in the ledger."""
+    return _Entry.apply(result, ledger)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def through_origin(
+    u: Tensor, compute: Callable[[Tensor], Tensor], slope_at_zero: float
+) -> Tensor:
+    """An element-wise f(u) whose gradient is the slope of the line from the origin."""
+    return _Slope.apply(u, compute, slope_at_zero)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def normalized(
+    x: Tensor,
+    dims: tuple[int, ...],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    inverse: Tensor,
+    is_centred: bool,
+    compute: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """A LayerNorm or RMSNorm whose deviation is a constant; the mean stays linear.
+
+    Args:
+        x (Tensor): (..., hidden).
+        dims (tuple[int, ...]): the dimensions that are normalised, from the last.
+        weight (Tensor or None): of these dimensions.
+        bias (Tensor or None): likewise.
+        inverse (Tensor): 1 / deviation, (..., 1).
+        is_centred (bool): the mean is subtracted.
+        compute (Callable): x → the norm's output.
+    """
+    return _Norm.apply(x, bias, weight, inverse, dims, is_centred, compute)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def of_token(result: Tensor, bias: Tensor, ledger: Ledger) -> Tensor:
+    """The same value; the relevance of the bias in it is put down for every token."""
+    return _OfToken.apply(result, bias, ledger)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def replaced(value: Tensor, by: Tensor, ledger: Ledger) -> Tensor:
+    """Another value in its place; gradients pass."""
+    return _Replaced.apply(value, by, ledger)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def slope_at_zero(
+    key: tuple[object, ...], compute: Callable[[Tensor], Tensor]
+) -> float | None:
+    """f'(0), the limit of f(u) / u; None where f(0) is not 0, so that there is none."""
+    if key not in _SLOPES_AT_ZERO:
+        with torch.enable_grad():
+            u = torch.zeros(1, requires_grad=True)
+            y = compute(u)
+            (slope,) = torch.autograd.grad(y.sum(), u)
+        _SLOPES_AT_ZERO[key] = float("nan") if y.item() else slope.item()
+    limit = _SLOPES_AT_ZERO[key]
+    return None if math.isnan(limit) else limit
+
+
+def _relevance(gradient: Tensor, value: Tensor) -> Tensor:
+    """Their product's sum; a masked logit of minus infinity has no gradient."""
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    product = gradient.to(wide) * value.to(wide)
+    return product.masked_fill_(gradient == 0, 0).sum()
+
+
+class _Share(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, value: Tensor, factor: float, ledger: Ledger | None
+    ) -> Tensor:
+        ctx.factor, ctx.ledger = factor, ledger
+        if ledger is not None:
+            ctx.save_for_backward(value)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        if ctx.factor != 1:
+            gradient = gradient * ctx.factor
+        if ctx.ledger is not None:
+            ctx.ledger.taken.append(-_relevance(gradient, *ctx.saved_tensors))
+        return gradient, None, None
+
+
+class _Entry(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, result: Tensor, ledger: Ledger) -> Tensor:
+        ctx.ledger = ledger
+        ctx.save_for_backward(result)
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        ctx.ledger.taken.append(_relevance(gradient, *ctx.saved_tensors))
+        return gradient, None
+
+
+class _Slope(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, u: Tensor, compute: Callable[[Tensor], Tensor], limit: float
+    ) -> Tensor:
+        y = compute(u)
+        is_zero = u == 0
+        slope = y / u.masked_fill(is_zero, 1)
+        ctx.save_for_backward(slope.masked_fill_(is_zero, limit))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (slope,) = ctx.saved_tensors
+        return gradient * slope, None, None
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        weight: Tensor | None,
+        inverse: Tensor,
+        dims: tuple[int, ...],
+        is_centred: bool,
+        compute: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        ctx.dims, ctx.is_centred, ctx.dtype = dims, is_centred, x.dtype
+        ctx.save_for_backward(weight, inverse)
+        return compute(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        weight, inverse = ctx.saved_tensors
+        of_bias = None
+        if ctx.needs_input_grad[1]:
+            leading = tuple(range(gradient.ndim - len(ctx.dims)))
+            of_bias = gradient.sum(leading) if leading else gradient
+        of_x = gradient.to(inverse.dtype)
+        if weight is not None:
+            of_x = of_x * weight
+        if ctx.is_centred:
+            of_x = of_x - of_x.mean(ctx.dims, keepdim=True)
+        of_x = (of_x * inverse).to(ctx.dtype)
+        return of_x, of_bias, None, None, None, None, None
+
+
+class _OfToken(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, result: Tensor, bias: Tensor, ledger: Ledger) -> Tensor:
+        ctx.ledger = ledger
+        ctx.save_for_backward(bias)
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (bias,) = ctx.saved_tensors
+        ctx.ledger.by_token.append(gradient @ bias.to(gradient.dtype))
+        return gradient, None, None
+
+
+class _Replaced(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, by: Tensor, ledger: Ledger) -> Tensor:
+        ctx.ledger = ledger
+        ctx.save_for_backward(by - value)
+        return by.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        ctx.ledger.taken.append(_relevance(gradient, *ctx.saved_tensors))
+        return gradient, None, None
