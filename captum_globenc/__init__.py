@@ -13,6 +13,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from captum_globenc import demo
+    from captum_globenc.attribution.attnlrp import AttnLRP, LayerAttnLRP
+    from captum_globenc.attribution.decompx import DecompX, LayerDecompX
     from captum_globenc.attribution.globenc import GlobEnc
     from captum_globenc.attribution.layer_globenc import LayerGlobEnc
     from captum_globenc.contributions.norm_scores import LOCAL_SCORES
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
         supported_model_types,
     )
     from captum_globenc.errors import (
+        ConservationError,
         GlobEncError,
         InputError,
         NonFiniteActivationError,
@@ -33,12 +36,17 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Architecture": "encoders.architecture",
+    "AttnLRP": "attribution.attnlrp",
+    "ConservationError": "errors",
+    "DecompX": "attribution.decompx",
     "Decomposition": "contributions.rollout",
     "EncoderRun": "recording.run",
     "GlobEnc": "attribution.globenc",
     "GlobEncError": "errors",
     "InputError": "errors",
     "LOCAL_SCORES": "contributions.norm_scores",
+    "LayerAttnLRP": "attribution.attnlrp",
+    "LayerDecompX": "attribution.decompx",
     "LayerGlobEnc": "attribution.layer_globenc",
     "NonFiniteActivationError": "errors",
     "ReconstructionError": "errors",
@@ -51,11 +59,16 @@ _HOMES = {
 __all__ = [
     "LOCAL_SCORES",
     "Architecture",
+    "AttnLRP",
+    "ConservationError",
+    "DecompX",
     "Decomposition",
     "EncoderRun",
     "GlobEnc",
     "GlobEncError",
     "InputError",
+    "LayerAttnLRP",
+    "LayerDecompX",
     "LayerGlobEnc",
     "NonFiniteActivationError",
     "ReconstructionError",

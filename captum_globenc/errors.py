@@ -48,6 +48,27 @@ class ReconstructionError(GlobEncError, RuntimeError):
         self.tolerance = tolerance
 
 
+class ConservationError(GlobEncError, RuntimeError):
+    """The relevance of the output is not that of the inputs and constants.
+
+    Args:
+        where (str): the part of the model that is the likely reason.
+        error (float): the difference, relative to the sizes of all parts of relevance.
+        tolerance (float): the largest difference that rounding explains.
+    """
+
+    def __init__(self, where: str, error: float, tolerance: float) -> None:
+        super().__init__(
+            "the relevance of the inputs and constants does not add up to the output "
+            f"(relative error {error:.2g}, at most {tolerance:.2g} expected), so it "
+            f"would be wrong: {where}. Something that the output depends on is "
+            "detached from the inputs, changed behind torch's back, or computed by an "
+            "operation that hands back another gradient than its own."
+        )
+        self.error = error
+        self.tolerance = tolerance
+
+
 class NonFiniteActivationError(GlobEncError, ArithmeticError):
     """NaN or infinity in a layer's activations."""
 

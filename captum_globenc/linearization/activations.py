@@ -53,7 +53,7 @@ def linearized(module: nn.Module, u: Tensor, output: Any) -> Tensor | None:
         if not is_trusted(module) and not _is_elementwise(module, u, output):
             return None
         key = (type(module), repr(sorted(module.__dict__.items(), key=str)))
-        limit = slope_at_zero(key, module.forward)
+        limit = slope_at_zero(module.forward, key)
         if limit is None:
             return None
         values = output.detach()

@@ -52,6 +52,7 @@ _OWN = (
     "_NormBackward",
     "_SlopeBackward",
     "_OfTokenBackward",
+    "_ConstantBackward",
     "_ReplacedBackward",
 )
 

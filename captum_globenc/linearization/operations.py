@@ -31,15 +31,19 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from captum_globenc.errors import UnsupportedModelError
+from captum_globenc.linearization.functions import (
+    function_of,
+    tagged,
+    writes_in_place,
+)
 from captum_globenc.linearization.graph import is_activated
 from captum_globenc.linearization.rules import (
     Ledger,
+    constant,
     entry,
     normalized,
     of_token,
     share,
-    slope_at_zero,
-    through_origin,
 )
 from captum_globenc.recording.attention import transparent
 
@@ -195,17 +199,37 @@ class Operations(TorchFunctionMode):
         """An element-wise function f with f(0) = 0."""
         if not is_dependent(input):
             return func(input, *args, **kw)
-        key = (func, repr(args), repr(kw))
-        in_place = kw.get("inplace") or func.__name__.endswith("_")
-        limit = slope_at_zero(key, lambda u: func(u.clone(), *args, **kw))
-        if limit is None:
-            return func(input, *args, **kw)  # The graph's check refuses it.
+        in_place = kw.get("inplace") or writes_in_place(func)
         u = input.clone() if in_place else input
-        result = through_origin(u, lambda u: func(u, *args, **kw), limit)
-        if in_place:
-            # Who still holds the input sees the values that it has now.
-            input.detach().copy_(result.detach())
+
+        def compute(u: Tensor) -> Any:
+            return func(u.clone() if in_place else u, *args, **kw)
+
+        whole = function_of(u).then(compute)
+        key = (func, repr(args), repr(kw)) if whole.root is u else None
+        result = whole.through_origin(key)
+        return _written(input, result) if in_place else result
+
+    def element_wise(
+        self, func: _Handler, input: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """A part of an activation that is written out."""
+        result = func(input, *args, **kwargs)
+        return tagged(result, func, (input, *args), kwargs)
+
+    def power(self, func: _Handler, input: Any, exponent: Any) -> Any:
+        """A square or root of a deviation, or a part of an activation."""
+        result = func(input, exponent)
+        if is_dependent(result) and isinstance(exponent, float | int):
+            if abs(exponent) < 1:
+                return result.detach()
+            return tagged(result, func, (input, exponent), {})
         return result
+
+    def divided(self, func: _Handler, input: Any, other: Any, **kwargs: Any) -> Any:
+        """A quotient; the divisor is a constant."""
+        result = func(input, other, **kwargs)
+        return tagged(result, func, (input, other), kwargs)
 
     def softmax(self, func: _Handler, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Attention probabilities."""
@@ -256,26 +280,36 @@ class Operations(TorchFunctionMode):
         result = func(*parts, 0.0, *args, **kwargs)
         return entry(result, self.ledger)
 
+    def multiplied(self, func: _Handler, input: Any, other: Any, **kwargs: Any) -> Any:
+        """An element-wise product."""
+        if not (is_dependent(input) and is_dependent(other)):
+            result = func(input, other, **kwargs)
+            return tagged(result, func, (input, other), kwargs)
+        whole = function_of(input).times(function_of(other))
+        if whole is not None:
+            result = whole.through_origin(None)
+        elif self.rule == "attnlrp":
+            result = torch.mul(share(input, 0.5), share(other, 0.5))
+        elif is_activated(input) and not is_activated(other):
+            result = torch.mul(input.detach(), other)
+        elif is_activated(other) and not is_activated(input):
+            result = torch.mul(input, other.detach())
+        else:
+            return func(input, other, **kwargs)  # The graph's check refuses it.
+        return _written(input, result) if writes_in_place(func) else result
+
     def product(self, func: _Handler, *args: Any, **kwargs: Any) -> Any:
-        """A product; where two factors are dependent, each gets half of it."""
-        factors = [index for index, arg in enumerate(args) if is_dependent(arg)]
+        """A product over a dimension; two dependent factors get half each."""
         summed = func.__name__ in _WITH_SUM
-        if summed and 0 in factors:
-            factors.remove(0)
-        first, *others = [args[index] for index in factors] or [None]
-        # A square, or three factors, is no such product: the graph's check refuses it.
-        if len(others) != 1 or first is others[0]:
-            return func(*args, **kwargs)
+        factors = [i for i, arg in enumerate(args) if is_dependent(arg)]
+        factors = factors[1:] if summed and 0 in factors else factors
         given = list(args)
-        if self.rule == "attnlrp":
+        # Three factors are no such product: the graph's check refuses them.
+        if self.rule == "attnlrp" and len(factors) == 2:
             for index in factors:
                 given[index] = share(args[index], 0.5)
-        elif "mul" in func.__name__ and "matmul" not in func.__name__:
-            active = [index for index in factors if is_activated(args[index])]
-            if len(active) == 1:
-                given[active[0]] = args[active[0]].detach()
-        if summed:
-            return self._booked(func, given, kwargs)
+        if summed and factors:
+            given[0] = self._part(given[0])
         return func(*given, **kwargs)
 
     def einsum(self, func: _Handler, equation: Any, *operands: Any) -> Any:
@@ -288,17 +322,27 @@ class Operations(TorchFunctionMode):
 
         return self.product(functools.wraps(func)(einsum), *operands)
 
-    def sum_with_constants(self, func: _Handler, *args: Any, **kwargs: Any) -> Any:
-        """A sum, or parts put together; constants among them take relevance."""
-        tensors = list(_tensors(args))
-        has_constant = len(tensors) < len(args) or not all(map(is_dependent, tensors))
-        if not has_constant or not any(map(is_dependent, tensors)):
-            return func(*args, **kwargs)
-        if func.__name__.endswith("_") and not func.__name__.endswith("__"):
-            return func(*args, **kwargs)
-        if func.__name__ in _IN_PLACE:
-            return self._added_in_place(func, *args, **kwargs)
-        return self._booked(func, list(args), kwargs)
+    def added(self, func: _Handler, first: Any, other: Any, **kwargs: Any) -> Any:
+        """A sum; a constant in it takes relevance."""
+        if not is_dependent(first) and not is_dependent(other):
+            return func(first, other, **kwargs)
+        given = (first, other)
+        if not writes_in_place(func) or is_dependent(first):
+            given = (self._summand(first, other), self._summand(other, first))
+        return tagged(func(*given, **kwargs), func, (first, other), kwargs)
+
+    def joined(self, func: _Handler, *args: Any, **kwargs: Any) -> Any:
+        """Parts put together; a constant among them takes relevance."""
+        if any(map(is_dependent, _tensors(args))):
+            args = tuple(map(self._part, args))
+        return func(*args, **kwargs)
+
+    def batch_norm(self, func: _Handler, input: Tensor, *args: Any, **kw: Any) -> Any:
+        """A norm with fixed statistics."""
+        result = func(input, *args, **kw)
+        if not is_dependent(input):
+            return result
+        return constant(result, func(torch.zeros_like(input), *args, **kw), self.ledger)
 
     def multi_head(self, func: _Handler, *args: Any, **kwargs: Any) -> Any:
         """Functions of torch that are written in Python, seen from inside."""
@@ -312,24 +356,17 @@ class Operations(TorchFunctionMode):
             return share(input, 1)
         return result
 
-    def _added_in_place(self, func: _Handler, first: Any, other: Any, **kw: Any) -> Any:
-        if not is_dependent(first):
-            return func(first, other, **kw)
-        if not isinstance(other, Tensor):
-            other = torch.as_tensor(other, dtype=first.dtype, device=first.device)
-        if not is_dependent(other):
-            other = self.ledger.bias(other) if other.is_floating_point() else other
-        return func(first, other, **kw)
+    def _summand(self, value: Any, beside: Any) -> Any:
+        if not isinstance(value, Tensor):
+            value = torch.as_tensor(value, dtype=beside.dtype, device=beside.device)
+        return self._part(value)
 
-    def _booked(self, func: _Handler, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        given = [self._shared(arg) for arg in args]
-        kwargs = {name: self._shared(value) for name, value in kwargs.items()}
-        return entry(func(*given, **kwargs), self.ledger)
-
-    def _shared(self, value: Any) -> Any:
+    def _part(self, value: Any) -> Any:
         if type(value) in (tuple, list):
-            return type(value)(map(self._shared, value))
-        return share(value, 1, self.ledger) if is_dependent(value) else value
+            return type(value)(map(self._part, value))
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return self.ledger.bias(value)
+        return value
 
     def _bias_of(self, input: Tensor, bias: Tensor | None) -> Tensor | None:
         return self.ledger.bias(bias) if is_dependent(input) else bias
@@ -338,6 +375,12 @@ class Operations(TorchFunctionMode):
 def is_dependent(value: Any) -> TypeGuard[Tensor]:
     """Whether it is a tensor that depends on the explained inputs."""
     return isinstance(value, Tensor) and value.requires_grad
+
+
+def _written(target: Tensor, result: Tensor) -> Tensor:
+    """The result of an operation that writes to its first argument."""
+    target.detach().copy_(result.detach())
+    return result
 
 
 def _wide(value: Tensor) -> Tensor:
@@ -353,7 +396,6 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 
 _WITH_SUM = {"addmm", "baddbmm", "addbmm"}
-_IN_PLACE = {"__iadd__", "__isub__"}
 _RULES: dict[_Handler, str] = {
     Operations.linear: "linear",
     Operations.convolution: (
@@ -362,25 +404,28 @@ _RULES: dict[_Handler, str] = {
     Operations.addmm: "addmm",
     Operations.layer_norm: "layer_norm",
     Operations.rms_norm: "rms_norm",
+    Operations.batch_norm: "batch_norm",
     Operations.deviation: (
         "rsqrt sqrt std var std_mean var_mean norm vector_norm linalg_vector_norm "
         "linalg_norm"
     ),
     Operations.activation: (
         "gelu silu relu tanh relu6 elu selu celu leaky_relu mish hardswish softsign "
-        "tanhshrink hardtanh relu_ tanh_"
+        "tanhshrink hardtanh erf relu_ tanh_ elu_ leaky_relu_ celu_ selu_ hardtanh_"
     ),
+    Operations.element_wise: "sigmoid exp softplus __neg__ neg negative square",
+    Operations.power: "pow __pow__",
     Operations.softmax: "softmax",
     Operations.sdpa: "scaled_dot_product_attention",
-    Operations.product: (
-        "mul __mul__ __rmul__ multiply mul_ __imul__ matmul __matmul__ __rmatmul__ mm "
-        "bmm baddbmm addbmm"
-    ),
+    Operations.multiplied: "mul __mul__ __rmul__ multiply mul_ __imul__",
+    Operations.divided: "div __truediv__ __div__ divide true_divide div_ __itruediv__",
+    Operations.product: "matmul __matmul__ __rmatmul__ mm bmm mv baddbmm addbmm",
     Operations.einsum: "einsum",
-    Operations.sum_with_constants: (
-        "add __add__ __radd__ __iadd__ sub __sub__ __rsub__ __isub__ rsub subtract cat "
-        "concat concatenate stack where batch_norm"
+    Operations.added: (
+        "add __add__ __radd__ add_ __iadd__ sub __sub__ __rsub__ rsub sub_ __isub__ "
+        "subtract"
     ),
+    Operations.joined: "cat concat concatenate stack where hstack vstack",
     Operations.multi_head: "multi_head_attention_forward normalize",
     Operations.clamp: "clamp clamp_ clip",
 }

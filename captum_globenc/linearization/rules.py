@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_SLOPES_AT_ZERO: dict[tuple[object, ...], float] = {}
+_SLOPES_AT_ZERO: dict[tuple[object, ...], float | None] = {}
 
 
 class Ledger:
@@ -54,10 +54,16 @@ def entry(result: Tensor, ledger: Ledger) -> Tensor:
 
 
 def through_origin(
-    u: Tensor, compute: Callable[[Tensor], Tensor], slope_at_zero: float
+    u: Tensor, compute: Callable[[Tensor], Tensor], limit: float
 ) -> Tensor:
-    """An element-wise f(u) whose gradient is the slope of the line from the origin."""
-    return _Slope.apply(u, compute, slope_at_zero)  # type: ignore[no-any-return, no-untyped-call]
+    """An element-wise f(u) whose gradient is the slope of the line from the origin.
+
+    Args:
+        u (Tensor): of any shape.
+        compute (Callable): u → f(u).
+        limit (float): the slope where u is 0.
+    """
+    return _Slope.apply(u, compute, limit)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def normalized(
@@ -88,23 +94,36 @@ def of_token(result: Tensor, bias: Tensor, ledger: Ledger) -> Tensor:
     return _OfToken.apply(result, bias, ledger)  # type: ignore[no-any-return, no-untyped-call]
 
 
+def constant(result: Tensor, part: Tensor, ledger: Ledger) -> Tensor:
+    """The same value; the relevance of this constant part of it is put down."""
+    return _Constant.apply(result, part, ledger)  # type: ignore[no-any-return, no-untyped-call]
+
+
 def replaced(value: Tensor, by: Tensor, ledger: Ledger) -> Tensor:
     """Another value in its place; gradients pass."""
     return _Replaced.apply(value, by, ledger)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def slope_at_zero(
-    key: tuple[object, ...], compute: Callable[[Tensor], Tensor]
+    compute: Callable[[Tensor], Tensor], key: tuple[object, ...] | None
 ) -> float | None:
-    """f'(0), the limit of f(u) / u; None where f(0) is not 0, so that there is none."""
-    if key not in _SLOPES_AT_ZERO:
-        with torch.enable_grad():
-            u = torch.zeros(1, requires_grad=True)
-            y = compute(u)
-            (slope,) = torch.autograd.grad(y.sum(), u)
-        _SLOPES_AT_ZERO[key] = float("nan") if y.item() else slope.item()
-    limit = _SLOPES_AT_ZERO[key]
-    return None if math.isnan(limit) else limit
+    """f'(0), the limit of f(u) / u; None where f(0) is not 0, so that there is none.
+
+    Args:
+        compute (Callable): u → f(u).
+        key (tuple or None): names the function, whose slope is then kept.
+    """
+    if key is not None and key in _SLOPES_AT_ZERO:
+        return _SLOPES_AT_ZERO[key]
+    with torch.enable_grad():
+        u = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+        y = compute(u)
+        (slope,) = torch.autograd.grad(y.sum(), u)
+    is_at_origin = y.item() == 0 and math.isfinite(slope.item())
+    limit = slope.item() if is_at_origin else None
+    if key is not None:
+        _SLOPES_AT_ZERO[key] = limit
+    return limit
 
 
 def _relevance(gradient: Tensor, value: Tensor) -> Tensor:
@@ -206,6 +225,19 @@ class _OfToken(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         (bias,) = ctx.saved_tensors
         ctx.ledger.by_token.append(gradient @ bias.to(gradient.dtype))
+        return gradient, None, None
+
+
+class _Constant(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, result: Tensor, part: Tensor, ledger: Ledger) -> Tensor:
+        ctx.ledger = ledger
+        ctx.save_for_backward(part)
+        return result.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        ctx.ledger.taken.append(_relevance(gradient, *ctx.saved_tensors))
         return gradient, None, None
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from captum_globenc.errors import (
+    ConservationError,
     InputError,
     NonFiniteActivationError,
-    ReconstructionError,
     UnsupportedModelError,
 )
 from captum_globenc.linearization.activations import (
@@ -97,7 +97,7 @@ def propagate(
 
     Raises:
         UnsupportedModelError: an operation without a rule; a place that is not found.
-        ReconstructionError: relevance is lost on the way.
+        ConservationError: relevance is lost on the way.
         NonFiniteActivationError: NaN or infinity in the output.
     """
     watcher = _Watcher(inputs, places, rule, points)
@@ -415,10 +415,10 @@ class _Watcher:
     def lost(self) -> str:
         """Where dependence on the inputs was lost."""
         if not self._losing:
-            return "something detaches it"
+            return "no module is known that loses it"
         names = self._names()
-        module = self._losing[0]
-        return f"it is lost in {names.get(module, '')!r} ({type(module).__name__})"
+        lost = [f"{names.get(m, '')!r} ({type(m).__name__})" for m in self._losing[:3]]
+        return f"it is lost in {', or in '.join(lost)}"
 
     def _names(self) -> dict[nn.Module, str]:
         return {
@@ -485,12 +485,12 @@ def _check_conservation(
     limit = _LIMITS[selected.dtype]
     relative = float(error / size) if float(size) else 0.0
     if not relative <= limit:
-        raise ReconstructionError("forward_func", watcher.lost(), relative, limit)
+        raise ConservationError(watcher.lost(), relative, limit)
 
 
 # Of the sizes of all parts of relevance: far above what rounding makes of it.
 _LIMITS = {
-    torch.float64: 1e-9,
+    torch.float64: 1e-6,  # Models compute their softmax in float32.
     torch.float32: 1e-4,
     torch.float16: 3e-2,
     torch.bfloat16: 1e-1,

@@ -1,0 +1,233 @@
+"""Relevance at a place: gradients of linearised runs, on a path from a baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from captum_globenc._captum import TargetType, select_targets
+from captum_globenc.attribution.arguments import shown
+from captum_globenc.errors import InputError, is_whole
+from captum_globenc.linearization.operations import AttentionRule
+from captum_globenc.linearization.run import Place, propagate, values_at
+
+#: What inputs are compared with, as for Captum's integrated gradients.
+Baselines = Tensor | int | float | tuple[Tensor | int | float, ...] | None
+
+
+@dataclass(frozen=True)
+class Relevance:
+    """Relevance of one batch.
+
+    Args:
+        parts (tuple[Tensor, ...]): of the values at every place, of their shapes.
+        by_token (Tensor or None): of the biases that belong to one token, (batch,
+            tokens); None where the place is not the embedding block's output, or where
+            a baseline has the same biases.
+        output (Tensor): what the parts explain: the selected outputs, less those of
+            the baseline where there is one, (batch).
+        is_turned (tuple[bool, ...]): whether a place has (tokens, batch, ...).
+    """
+
+    parts: tuple[Tensor, ...]
+    by_token: Tensor | None
+    output: Tensor
+    is_turned: tuple[bool, ...]
+
+
+def relevance(
+    forward_func: Callable[..., Any],
+    tensors: tuple[Tensor, ...],
+    arguments: tuple[Any, ...],
+    target: TargetType,
+    places: Sequence[Place],
+    rule: AttentionRule,
+) -> Relevance:
+    r"""Values times their gradient: :math:`\partial y / \partial x \odot x`.
+
+    Args:
+        forward_func (Callable): a model, or a function that calls one.
+        tensors (tuple[Tensor, ...]): what it takes first.
+        arguments (tuple): its further arguments.
+        target (int, tuple, Tensor or list): the explained output, as in Captum.
+        places (sequence): where relevance is read.
+        rule (str): ``"attnlrp"`` or ``"cp"``.
+    """
+    select = _selector(target, len(tensors[0]))
+    found = propagate(forward_func, tensors, arguments, places, select, rule)
+    parts = [g * v for g, v in zip(found.gradients, found.values)]
+    return Relevance(tuple(parts), found.by_token, found.output, found.is_turned)
+
+
+def integrated_relevance(
+    forward_func: Callable[..., Any],
+    tensors: tuple[Tensor, ...],
+    arguments: tuple[Any, ...],
+    target: TargetType,
+    place: Place,
+    rule: AttentionRule,
+    baselines: Baselines,
+    n_steps: int,
+    with_output: bool,
+) -> Relevance:
+    r"""The mean gradient on a path from a baseline, times the difference from it.
+
+    .. math:: \frac1n \sum_{k=1}^{n} \frac{\partial y}{\partial x}
+        \Big|_{x_0 + \frac{k - 1/2}{n}(x - x_0)} \odot (x - x_0)
+
+    A method of this project: integrated gradients (Sundararajan et al. 2017,
+    arXiv:1703.01365) with the gradient of the linearised network. All points run as one
+    batch.
+
+    Args:
+        forward_func (Callable): as for :func:`relevance`.
+        tensors (tuple[Tensor, ...]): likewise.
+        arguments (tuple): likewise.
+        target (int, tuple, Tensor or list): likewise.
+        place (str or ModulePlace): where the path is.
+        rule (str): likewise.
+        baselines (Tensor, int, float or tuple): in the place of the inputs; for ids, a
+            tensor of numbers is the baseline of the embeddings at the place.
+        n_steps (int): points on the path.
+        with_output (bool): also run its two ends, for ``output``; else it is 0.
+    """
+    batch = len(tensors[0])
+    if place == "inputs":
+        ends, start = tensors, _given_baselines(baselines, tensors)
+    else:
+        ends = (values_at(forward_func, tensors, arguments, place),)
+        start = (_start(forward_func, tensors, arguments, place, baselines, ends[0]),)
+    turned: tuple[bool, ...] = ()
+
+    def run(fractions: list[float]) -> tuple[tuple[Tensor, ...], Tensor]:
+        nonlocal turned
+        count = len(fractions)
+        points = [
+            torch.cat([b + (e - b) * f for f in fractions], _batch_dim(e, batch))
+            if e.is_floating_point()
+            else e.repeat(count, *[1] * (e.ndim - 1))
+            for b, e in zip(start, ends)
+        ]
+        found = propagate(
+            forward_func,
+            tuple(points)
+            if place == "inputs"
+            else tuple(repeated(t, batch, count) for t in tensors),
+            tuple(repeated(argument, batch, count) for argument in arguments),
+            [place],
+            _selector(repeated(target, batch, count), batch * count),
+            rule,
+            None if place == "inputs" else points[0],
+        )
+        turned = found.is_turned
+        return found.gradients, found.output
+
+    gradients, _ = run([(step + 0.5) / n_steps for step in range(n_steps)])
+    numbers = [(b, e) for b, e in zip(start, ends) if e.is_floating_point()]
+    parts = [
+        torch.stack(g.chunk(n_steps, _batch_dim(e, batch))).mean(0) * (e - b)
+        for g, (b, e) in zip(gradients, numbers)
+    ]
+    output = parts[0].new_zeros(batch)
+    if with_output:
+        low, high = run([0.0, 1.0])[1].chunk(2)
+        output = high - low
+    return Relevance(tuple(parts), None, output, turned)
+
+
+def check_steps(n_steps: Any, baselines: Baselines) -> None:
+    """Raise InputError where there is no such path."""
+    if not is_whole(n_steps) or n_steps < 1:
+        raise InputError(f"n_steps must be at least 1, got {n_steps!r}.")
+    if n_steps > 1 and baselines is None:
+        raise InputError(
+            f"n_steps={n_steps} needs a baseline, where the path begins: pass "
+            "baselines=, such as the ids with every word replaced by the pad token."
+        )
+
+
+def repeated(value: Any, batch: int, count: int) -> Any:
+    """An argument for that many copies of the batch; what is not per example stays."""
+    if isinstance(value, Tensor) and value.ndim and len(value) == batch:
+        return value.repeat(count, *[1] * (value.ndim - 1))
+    return value * count if isinstance(value, list) and len(value) == batch else value
+
+
+def _selector(target: TargetType, batch: int) -> Callable[[Tensor], Tensor]:
+    def select(output: Tensor) -> Tensor:
+        selected = select_targets(output, target)
+        if selected.numel() != batch:
+            raise AssertionError(
+                "target is needed where the output has several numbers per example, "
+                f"got target {shown(target)} for an output of shape "
+                f"{tuple(output.shape)} and {batch} examples."
+            )
+        flat: Tensor = selected.flatten()
+        return flat
+
+    return select
+
+
+def _batch_dim(value: Tensor, batch: int) -> int:
+    """Some models have the tokens first."""
+    return 1 if value.shape[0] != batch and value.shape[1] == batch else 0
+
+
+def _given_baselines(
+    baselines: Baselines, tensors: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """A baseline of every input's shape."""
+    given = baselines if isinstance(baselines, tuple) else (baselines,)
+    if len(given) != len(tensors):
+        raise InputError(
+            f"one baseline per input is expected, got {len(given)} for {len(tensors)}."
+        )
+    result = []
+    for baseline, tensor in zip(given, tensors):
+        if not isinstance(baseline, Tensor | int | float):
+            raise InputError(
+                "a baseline must be a tensor or a number, got "
+                f"{type(baseline).__name__}: {shown(baseline)}"
+            )
+        if isinstance(baseline, Tensor):
+            baseline = baseline.to(tensor)
+        else:
+            baseline = torch.full_like(tensor, baseline)
+        try:
+            result.append(baseline.expand_as(tensor))
+        except RuntimeError:
+            raise InputError(
+                f"a baseline of shape {tuple(baseline.shape)} does not fit the input "
+                f"of shape {tuple(tensor.shape)}."
+            ) from None
+    return tuple(result)
+
+
+def _start(
+    forward_func: Callable[..., Any],
+    tensors: tuple[Tensor, ...],
+    arguments: tuple[Any, ...],
+    place: Place,
+    baselines: Baselines,
+    end: Tensor,
+) -> Tensor:
+    """The values at a place for the baseline."""
+    is_at_place = (
+        isinstance(baselines, Tensor)
+        and baselines.is_floating_point()
+        and not tensors[0].is_floating_point()
+    )
+    if is_at_place:
+        return _given_baselines(baselines, (end,))[0]
+    assert baselines is not None
+    given = baselines if isinstance(baselines, tuple) else (baselines, *tensors[1:])
+    for baseline, tensor in zip(given, tensors):
+        if not tensor.is_floating_point() and isinstance(baseline, float):
+            raise InputError(
+                f"the baseline of ids must be an id or a tensor, got {baseline!r}."
+            )
+    return values_at(forward_func, _given_baselines(given, tensors), arguments, place)
