@@ -54,7 +54,11 @@ class DecompX(LinearizedAttribution):
     """
 
     def __init__(
-        self, forward_func: Callable[..., Any], *, place: TokenPlace = "block"
+        self,
+        forward_func: Callable[..., Any],
+        *,
+        biases: str = "none",
+        place: TokenPlace = "block",
     ) -> None:
         LinearizedAttribution.__init__(
             self, forward_func, "cp", place=place, keeps_own_biases=True

@@ -191,7 +191,7 @@ class LinearizedAttribution(Attribution):
             places.append("inputs")
         call = (self.forward_func, tensors, arguments, target)
         if baselines is None:
-            found = relevance(*call, places, self.rule)
+            found = relevance(*call, places, self.rule, self._keeps_own_biases)
         elif len(places) > 1:
             raise InputError(
                 "a path from a baseline is for ids, or for tensors of numbers, and "
@@ -212,8 +212,6 @@ class LinearizedAttribution(Attribution):
         scores = part.sum(-1)
         if found.is_turned[0] and scores.ndim == 2:
             scores = scores.T
-        if self._keeps_own_biases and found.by_token is not None:
-            scores = scores + found.by_token
         return scores.reshape(ids.shape).to(ids.device)
 
 
@@ -306,7 +304,7 @@ class LayerLinearizedAttribution(LayerAttribution):
         places = [ModulePlace(layer, attribute_to_layer_input) for layer in layers]
         call = (self.forward_func, tensors, arguments, target)
         if baselines is None:
-            found = relevance(*call, places, self.rule)
+            found = relevance(*call, places, self.rule, False)
         elif len(places) > 1:
             raise InputError(
                 f"a path from a baseline goes through one layer, got {len(places)}."

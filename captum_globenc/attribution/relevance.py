@@ -25,16 +25,12 @@ class Relevance:
 
     Args:
         parts (tuple[Tensor, ...]): of the values at every place, of their shapes.
-        by_token (Tensor or None): of the biases that belong to one token, (batch,
-            tokens); None where the place is not the embedding block's output, or where
-            a baseline has the same biases.
         output (Tensor): what the parts explain: the selected outputs, less those of
             the baseline where there is one, (batch).
         is_turned (tuple[bool, ...]): whether a place has (tokens, batch, ...).
     """
 
     parts: tuple[Tensor, ...]
-    by_token: Tensor | None
     output: Tensor
     is_turned: tuple[bool, ...]
 
@@ -46,6 +42,7 @@ def relevance(
     target: TargetType,
     places: Sequence[Place],
     rule: AttentionRule,
+    keeps_own_biases: bool,
 ) -> Relevance:
     r"""Values times their gradient: :math:`\partial y / \partial x \odot x`.
 
@@ -56,13 +53,24 @@ def relevance(
         target (int, tuple, Tensor or list): the explained output, as in Captum.
         places (sequence): where relevance is read.
         rule (str): ``"attnlrp"`` or ``"cp"``.
+        keeps_own_biases (bool): from the embedding block's output on, the biases in
+            front of the first attention's values belong to their tokens.
     """
-    select = _selector(target, len(tensors[0]))
-    found = propagate(forward_func, tensors, arguments, places, select, rule)
+    found = propagate(
+        forward_func,
+        tensors,
+        arguments,
+        places,
+        _selector(target, len(tensors[0])),
+        rule,
+        keeps_own_biases=keeps_own_biases,
+    )
     parts = [g * v for g, v in zip(found.gradients, found.values)]
-    return Relevance(tuple(parts), found.by_token, found.output, found.is_turned)
+    return Relevance(tuple(parts), found.output, found.is_turned)
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def integrated_relevance(
     forward_func: Callable[..., Any],
     tensors: tuple[Tensor, ...],
@@ -136,7 +144,7 @@ def integrated_relevance(
     if with_output:
         low, high = run([0.0, 1.0])[1].chunk(2)
         output = high - low
-    return Relevance(tuple(parts), None, output, turned)
+    return Relevance(tuple(parts), output, turned)
 
 
 def check_steps(n_steps: Any, baselines: Baselines) -> None:

@@ -115,16 +115,24 @@ def is_activated(value: Tensor) -> bool:
 
 
 def _walk(root: Any, modules: dict[Any, str]) -> Iterator[tuple[Any, str]]:
-    """Every node once, with the module that it ran in, as far as that is known."""
-    seen, left = set(), [(root, "forward_func")]
+    """Every node once, with the module that it ran in, as far as that is known.
+
+    Between an entry in the ledger and the shares below it there is one operation that
+    has its rule, of several nodes in some of torch's kernels: it is left out.
+    """
+    seen, left = set(), [(root, "forward_func", False)]
     while left:
-        node, module = left.pop()
+        node, module, has_rule = left.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         module = modules.get(node, module)
-        yield node, module
-        left += [(below, module) for below, _ in node.next_functions]
+        name = name_of(node)
+        has_rule = has_rule and name != "_ShareBackward"
+        if not has_rule:
+            yield node, module
+        has_rule = has_rule or name == "_EntryBackward"
+        left += [(below, module, has_rule) for below, _ in node.next_functions]
 
 
 def _has_constant_factor(node: Any, name: str) -> bool:

@@ -67,8 +67,8 @@ class Operations(TorchFunctionMode):
         self.ledger = ledger
         #: Leaves of the graph, by id: the inputs that are explained.
         self.leaves: dict[int, Tensor] = {}
-        #: (batch, tokens), while every vector belongs to one token.
-        self.own: tuple[int, int] | None = None
+        #: Every vector is of one token alone, which gets the relevance of its biases.
+        self.is_of_token = False
         #: Inside of a module that is one activation as a whole.
         self.is_paused = False
 
@@ -105,20 +105,18 @@ class Operations(TorchFunctionMode):
 
     # Rules
 
-    def bias(self, result: Tensor, bias: Tensor | None) -> Tensor:
+    def _of_token(self, result: Tensor, input: Tensor, bias: Tensor | None) -> Tensor:
         """What a linear map with this bias gave."""
-        if bias is None or self.own is None or not result.requires_grad:
+        if bias is None or not self.is_of_token or not is_dependent(input):
             return result
-        if result.shape[-1] != bias.numel():
-            return result
-        return of_token(result, bias.detach(), self.ledger)
+        return of_token(result, input, bias.detach(), self.ledger)
 
     def linear(
         self, func: _Handler, input: Tensor, weight: Tensor, bias: Any = None
     ) -> Tensor:
         """A linear map, or a convolution without further options."""
         result: Tensor = func(input, weight, self._bias_of(input, bias))
-        return self.bias(result, bias)
+        return self._of_token(result, input, bias)
 
     def convolution(
         self,
@@ -141,7 +139,7 @@ class Operations(TorchFunctionMode):
         if is_dependent(input):
             return func(input, mat1, mat2)
         result: Tensor = func(self._bias_of(mat1, input), mat1, mat2)
-        return self.bias(result, input)
+        return self._of_token(result, mat1, input)
 
     def layer_norm(
         self,
@@ -165,7 +163,7 @@ class Operations(TorchFunctionMode):
         inverse = torch.rsqrt(wide.var(dims, unbiased=False, keepdim=True) + eps)
         taken = self.ledger.bias(bias)
         result = normalized(input, dims, weight, taken, inverse, True, compute)
-        return self.bias(result, bias)
+        return self._of_token(result, input, bias)
 
     def rms_norm(
         self,
@@ -233,12 +231,12 @@ class Operations(TorchFunctionMode):
 
     def softmax(self, func: _Handler, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Attention probabilities."""
-        self.own = None
+        self.is_of_token = False
         if not is_dependent(input):
             return func(input, *args, **kwargs)
         if self.rule == "cp":
             return func(input.detach(), *args, **kwargs)
-        result = func(share(input, 1, self.ledger), *args, **kwargs)
+        result = func(share(input, 1, self.ledger, masked=True), *args, **kwargs)
         return entry(result, self.ledger)
 
     def sdpa(
@@ -253,7 +251,7 @@ class Operations(TorchFunctionMode):
         **kwargs: Any,
     ) -> Tensor:
         """Scaled dot-product attention, by the model's own kernel."""
-        self.own = None
+        self.is_of_token = False
         if dropout_p > 0:
             raise UnsupportedModelError(
                 f"the model attends with dropout {dropout_p:g}, and none is expected: "

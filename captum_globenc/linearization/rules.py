@@ -28,24 +28,26 @@ class Ledger:
         self.biases: list[Tensor] = []
         #: Relevance that other constants or softmax took, a number each.
         self.taken: list[Tensor] = []
-        #: Relevance of biases that belong to one token, by token, as it comes.
-        self.by_token: list[Tensor] = []
 
     def bias(self, bias: Tensor | None) -> Tensor | None:
         """The same bias, taking a gradient of its own."""
         if bias is None or bias.requires_grad:
             return bias
-        self.biases.append(bias.detach().requires_grad_())
+        copy = bias.clone() if bias.is_inference() else bias.detach()
+        self.biases.append(copy.requires_grad_())
         return self.biases[-1]
 
 
-def share(value: Tensor, factor: float, ledger: Ledger | None = None) -> Tensor:
+def share(
+    value: Tensor, factor: float, ledger: Ledger | None = None, masked: bool = False
+) -> Tensor:
     """The same value, with this part of its gradient.
 
     With a ledger, what is handed back is taken off it: together with :func:`entry` of
-    the result, what an operation keeps for itself.
+    the result, what an operation keeps for itself. Among masked values are some of
+    minus infinity, which have no gradient.
     """
-    return _Share.apply(value, factor, ledger)  # type: ignore[no-any-return, no-untyped-call]
+    return _Share.apply(value, factor, ledger, masked)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def entry(result: Tensor, ledger: Ledger) -> Tensor:
@@ -89,9 +91,18 @@ def normalized(
     return _Norm.apply(x, bias, weight, inverse, dims, is_centred, compute)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def of_token(result: Tensor, bias: Tensor, ledger: Ledger) -> Tensor:
-    """The same value; the relevance of the bias in it is put down for every token."""
-    return _OfToken.apply(result, bias, ledger)  # type: ignore[no-any-return, no-untyped-call]
+def of_token(result: Tensor, input: Tensor, bias: Tensor, ledger: Ledger) -> Tensor:
+    """The same value; the relevance of the bias in it goes to the vectors of the input.
+
+    Each vector gets what its own copy of the bias has.
+
+    Args:
+        result (Tensor): (..., size), what a linear map with this bias gave.
+        input (Tensor): (..., hidden), of what.
+        bias (Tensor): (size).
+        ledger (Ledger): of the run.
+    """
+    return _OfToken.apply(result, input, bias, ledger)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def constant(result: Tensor, part: Tensor, ledger: Ledger) -> Tensor:
@@ -101,7 +112,8 @@ def constant(result: Tensor, part: Tensor, ledger: Ledger) -> Tensor:
 
 def replaced(value: Tensor, by: Tensor, ledger: Ledger) -> Tensor:
     """Another value in its place; gradients pass."""
-    return _Replaced.apply(value, by, ledger)  # type: ignore[no-any-return, no-untyped-call]
+    with torch._C.DisableTorchFunction():
+        return _Replaced.apply(value, by, ledger)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def slope_at_zero(
@@ -127,18 +139,17 @@ def slope_at_zero(
 
 
 def _relevance(gradient: Tensor, value: Tensor) -> Tensor:
-    """Their product's sum; a masked logit of minus infinity has no gradient."""
+    """What a value has of it: their product's sum."""
     wide = torch.promote_types(gradient.dtype, torch.float32)
-    product = gradient.to(wide) * value.to(wide)
-    return product.masked_fill_(gradient == 0, 0).sum()
+    return (gradient.to(wide) * value.to(wide)).sum()
 
 
 class _Share(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, value: Tensor, factor: float, ledger: Ledger | None
+        ctx: Any, value: Tensor, factor: float, ledger: Ledger | None, masked: bool
     ) -> Tensor:
-        ctx.factor, ctx.ledger = factor, ledger
+        ctx.factor, ctx.ledger, ctx.masked = factor, ledger, masked
         if ledger is not None:
             ctx.save_for_backward(value)
         return value.view_as(value)
@@ -148,8 +159,11 @@ class _Share(torch.autograd.Function):
         if ctx.factor != 1:
             gradient = gradient * ctx.factor
         if ctx.ledger is not None:
-            ctx.ledger.taken.append(-_relevance(gradient, *ctx.saved_tensors))
-        return gradient, None, None
+            (value,) = ctx.saved_tensors
+            if ctx.masked:
+                value = value.masked_fill(gradient == 0, 0)
+            ctx.ledger.taken.append(-_relevance(gradient, value))
+        return gradient, None, None, None
 
 
 class _Entry(torch.autograd.Function):
@@ -216,16 +230,21 @@ class _Norm(torch.autograd.Function):
 
 class _OfToken(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, result: Tensor, bias: Tensor, ledger: Ledger) -> Tensor:
+    def forward(
+        ctx: Any, result: Tensor, input: Tensor, bias: Tensor, ledger: Ledger
+    ) -> Tensor:
         ctx.ledger = ledger
-        ctx.save_for_backward(bias)
+        ctx.save_for_backward(input, bias)
         return result.view_as(result)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        (bias,) = ctx.saved_tensors
-        ctx.ledger.by_token.append(gradient @ bias.to(gradient.dtype))
-        return gradient, None, None
+        input, bias = ctx.saved_tensors
+        size = input.square().sum(-1, keepdim=True)
+        share = (gradient * bias).sum(-1, keepdim=True).masked_fill(size == 0, 0)
+        ctx.ledger.taken.append(-share.sum())
+        of_input = share * input / size.masked_fill(size == 0, 1)
+        return gradient, of_input, None, None
 
 
 class _Constant(torch.autograd.Function):
