@@ -477,7 +477,7 @@ def test_other_methods_in_half_precision(name: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(scores.float(), exact, rtol=0.1, atol=0.02)
 
 
-class _Shapes(TorchDispatchMode):
+class Shapes(TorchDispatchMode):
     """The shapes of all tensors that are made."""
 
     def __init__(self) -> None:
@@ -502,7 +502,7 @@ def test_nothing_quadratic_is_built(name: str, monkeypatch: pytest.MonkeyPatch) 
     ids = torch.stack([sentence(40, seed=s) for s in (1, 2)])
     globenc = GlobEnc(model, local=name)
     expected = globenc.decompose(ids).rollout()[:, 0]
-    with _Shapes() as shapes:
+    with Shapes() as shapes:
         scores = globenc.attribute(ids, target=0)
     torch.testing.assert_close(scores, expected, **EXACT)
     pairs = [shape for shape in shapes.seen if shape.count(40) > 1]

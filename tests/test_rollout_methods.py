@@ -27,6 +27,7 @@ from tests.conftest import left_behind
 from tests.models import FAMILIES, SIZES, build, encoder_of, padded, randomize, sentence
 from tests.test_images import images, layers_of, literal, recipe, vit
 from tests.test_oracle import relative
+from tests.test_properties import Shapes
 
 EXACT = {"rtol": 1e-12, "atol": 0}
 LIMIT = {torch.float64: 1e-10, torch.float32: 1e-3}
@@ -206,6 +207,20 @@ def test_alti_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     scores = ALTI(model).attribute(IDS, 1, MASK)
     rolled = ALTI(model).decompose(IDS, MASK).rollout()[:, 0]
     torch.testing.assert_close(scores, rolled, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("make", [ALTI, functools.partial(GlobEnc, class_aware=True)])
+def test_nothing_quadratic_is_built(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No vectors of all pairs, and no attention matrix of all receivers."""
+    monkeypatch.setattr(alti_module, "_HELD", 24 * 40 * 4)
+    monkeypatch.setattr(rollout, "_HELD", 4 * 40 * 8)
+    model = Head(encoder_of("bert", build("bert")))
+    ids = torch.stack([sentence(40, seed=s) for s in (1, 2)])
+    with Shapes() as shapes:
+        make(model).attribute(ids, 1, torch.ones_like(ids))
+    assert not [shape for shape in shapes.seen if shape.count(40) > 1]
+    largest = max(torch.Size(shape).numel() for shape in shapes.seen)
+    assert largest < 40 * 40 * 24
 
 
 def test_value_zeroing_replays_whole_batches(monkeypatch: pytest.MonkeyPatch) -> None:
