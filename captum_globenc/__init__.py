@@ -13,10 +13,13 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from captum_globenc import demo
+    from captum_globenc.attribution.alti import ALTI
+    from captum_globenc.attribution.attention_rollout import AttentionRollout
     from captum_globenc.attribution.attnlrp import AttnLRP, LayerAttnLRP
     from captum_globenc.attribution.decompx import DecompX, LayerDecompX
     from captum_globenc.attribution.globenc import GlobEnc
     from captum_globenc.attribution.layer_globenc import LayerGlobEnc
+    from captum_globenc.attribution.value_zeroing import ValueZeroing
     from captum_globenc.contributions.norm_scores import LOCAL_SCORES
     from captum_globenc.contributions.rollout import Decomposition
     from captum_globenc.encoders.architecture import Architecture
@@ -35,7 +38,9 @@ if TYPE_CHECKING:
     from captum_globenc.recording.run import EncoderRun, record
 
 _HOMES = {
+    "ALTI": "attribution.alti",
     "Architecture": "encoders.architecture",
+    "AttentionRollout": "attribution.attention_rollout",
     "AttnLRP": "attribution.attnlrp",
     "ConservationError": "errors",
     "DecompX": "attribution.decompx",
@@ -51,14 +56,17 @@ _HOMES = {
     "NonFiniteActivationError": "errors",
     "ReconstructionError": "errors",
     "UnsupportedModelError": "errors",
+    "ValueZeroing": "attribution.value_zeroing",
     "record": "recording.run",
     "register_architecture": "encoders.registry",
     "supported_model_types": "encoders.registry",
 }
 
 __all__ = [
+    "ALTI",
     "LOCAL_SCORES",
     "Architecture",
+    "AttentionRollout",
     "AttnLRP",
     "ConservationError",
     "DecompX",
@@ -73,6 +81,7 @@ __all__ = [
     "NonFiniteActivationError",
     "ReconstructionError",
     "UnsupportedModelError",
+    "ValueZeroing",
     "demo",
     "record",
     "register_architecture",

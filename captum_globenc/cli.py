@@ -96,10 +96,10 @@ def explain(
         typer.Option(
             metavar="NAME,...",
             help="Any of globenc, W, W_FIXED_RES, W_RES, N, N_FIXED_RES, N_RES, "
-            "N_RES_LN, N_ENC, attention_last, attention_rollout, "
-            "integrated_gradients, saliency, input_x_gradient, input_x_gradient_sum, "
-            "gradient_shap, deep_lift, feature_ablation, occlusion, kernel_shap, "
-            "random.",
+            "N_RES_LN, N_ENC, attention_last, attention_rollout, alti, value_zeroing, "
+            "globenc_class_aware, integrated_gradients, saliency, input_x_gradient, "
+            "input_x_gradient_sum, gradient_shap, deep_lift, feature_ablation, "
+            "occlusion, kernel_shap, random.",
         ),
     ] = "globenc,integrated_gradients,saliency",
     local: Annotated[

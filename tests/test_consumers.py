@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from captum.attr import (
@@ -14,11 +16,19 @@ from captum.attr import (
 )
 from captum.metrics import infidelity, sensitivity_max
 
-from captum_globenc import GlobEnc
+from captum_globenc import ALTI, AttentionRollout, GlobEnc, ValueZeroing
 from tests.conftest import left_behind
 from tests.models import PAD, build, padded, sentence
 
 EXACT = {"rtol": 1e-12, "atol": 0}
+METHODS = {
+    "GlobEnc": GlobEnc,
+    "class-aware": functools.partial(GlobEnc, class_aware=True),
+    "ALTI": ALTI,
+    "attention rollout": AttentionRollout,
+    "Value Zeroing": ValueZeroing,
+}
+every_method = pytest.mark.parametrize("make", METHODS.values(), ids=METHODS)
 IDS, MASK = padded([sentence(8), sentence(5)])
 MODEL = build("bert")
 EMBEDDINGS = MODEL.get_input_embeddings()(IDS).detach()
@@ -38,10 +48,11 @@ def some_padded(ids):
     return replaced, ids.masked_fill(replaced, PAD)
 
 
+@every_method
 @pytest.mark.parametrize("kind", ["smoothgrad", "smoothgrad_sq", "vargrad"])
-def test_noise_tunnel(kind: str) -> None:
+def test_noise_tunnel(kind: str, make) -> None:
     """Without noise, the tunnel's mean is the attribution and its variance zero."""
-    method = GlobEnc(on_embeddings)
+    method = make(on_embeddings)
     plain = method.attribute(EMBEDDINGS, [1, 2], MASK)
     tunnel = NoiseTunnel(method)
     options = {"nt_type": kind, "nt_samples": 3, "target": [1, 2]}
@@ -54,7 +65,8 @@ def test_noise_tunnel(kind: str) -> None:
     assert not torch.allclose(noisy, expected[kind], rtol=1e-3)
 
 
-def test_infidelity() -> None:
+@every_method
+def test_infidelity(make) -> None:
     """The definition, with the perturbations that Captum drew."""
     drawn: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -63,7 +75,7 @@ def test_infidelity() -> None:
         drawn.append((replaced.double(), perturbed))
         return drawn[-1]
 
-    attributions = GlobEnc(on_ids).attribute(IDS, 1, MASK)
+    attributions = make(on_ids).attribute(IDS, 1, MASK)
     found = infidelity(
         on_ids,
         perturb,
@@ -80,7 +92,8 @@ def test_infidelity() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
 
 
-def test_infidelity_on_embeddings() -> None:
+@every_method
+def test_infidelity_on_embeddings(make) -> None:
     """Noise on the embeddings: the definition, with what Captum drew."""
     drawn: list[torch.Tensor] = []
 
@@ -88,7 +101,7 @@ def test_infidelity_on_embeddings() -> None:
         drawn.append(0.1 * torch.randn_like(embeddings))
         return drawn[-1], embeddings - drawn[-1]
 
-    attributions = GlobEnc(on_embeddings).attribute(EMBEDDINGS, 1, MASK)
+    attributions = make(on_embeddings).attribute(EMBEDDINGS, 1, MASK)
     found = infidelity(
         on_embeddings,
         perturb,
@@ -107,9 +120,10 @@ def test_infidelity_on_embeddings() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
 
 
-def test_sensitivity() -> None:
+@every_method
+def test_sensitivity(make) -> None:
     on_tokens = sensitivity_max(
-        GlobEnc(on_ids).attribute,
+        make(on_ids).attribute,
         IDS,
         perturb_func=lambda ids, *_: some_padded(ids)[1],
         target=1,
@@ -120,7 +134,7 @@ def test_sensitivity() -> None:
     assert (on_tokens > 0).all()
     in_space = [
         sensitivity_max(
-            GlobEnc(on_embeddings).attribute,
+            make(on_embeddings).attribute,
             EMBEDDINGS,
             perturb_radius=radius,
             target=1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 
 import pytest
@@ -16,7 +17,13 @@ from captum.testing.attr.helpers.gen_test_utils import (
 from captum.testing.attr.helpers.test_config import config as captum_config
 from torch import nn
 
-from captum_globenc import GlobEnc, LayerGlobEnc
+from captum_globenc import (
+    ALTI,
+    AttentionRollout,
+    GlobEnc,
+    LayerGlobEnc,
+    ValueZeroing,
+)
 from tests.conftest import left_behind
 from tests.models import build, padded, sentence
 
@@ -37,6 +44,10 @@ class Logits(nn.Module):
 IDS, MASK = padded([sentence(n, seed=n) for n in (8, 5, 7, 3)])
 CLASSES = Logits(build("bert"))
 TOKENS = Logits(build("bert", head=t.BertForTokenClassification))
+
+ClassAware = functools.partial(GlobEnc, class_aware=True)
+# What is left of tiny differences depends on how sums are ordered.
+LIMITS = {ValueZeroing: {"rtol": 1e-9, "atol": 0}}
 
 # Entries in the form of Captum's own test configuration.
 CONFIG = [
@@ -79,6 +90,20 @@ LAYER_CONFIG = [
     for layer in (EMBEDDINGS, EMBEDDINGS + ".word_embeddings", *LAYERS, LAYERS)
 ]
 CONFIG += LAYER_CONFIG
+CONFIG += [
+    {**entry, "name": f"{name}_{entry['name']}", "algorithms": [method]}
+    for name, method, layered in [
+        ("alti", ALTI, False),
+        ("attention_rollout", AttentionRollout, False),
+        ("value_zeroing", ValueZeroing, False),
+        ("class_aware", ClassAware, False),
+        ("class_aware", functools.partial(LayerGlobEnc, class_aware=True), True),
+    ]
+    for entry in CONFIG
+    if ("layer" in entry) == layered
+    # Class-aware scores are those of one output.
+    and (name != "class_aware" or entry["attribute_args"]["target"] is not None)
+]
 
 
 def configured(entry: dict) -> tuple[Attribution, nn.Module, dict]:
@@ -105,6 +130,9 @@ def test_targets(entry: dict) -> None:
     method, _, args = configured(entry)
     attributions = method.attribute(**args)
     target = args["target"]
+    limit = LIMITS.get(type(method), EXACT)
+    if getattr(method, "class_aware", False):
+        limit = {"rtol": 1e-12, "atol": 1e-12}  # Parts of either sign cancel.
     for row in range(len(IDS)):
         several = isinstance(target, list) or (
             isinstance(target, torch.Tensor) and target.numel() > 1
@@ -114,10 +142,10 @@ def test_targets(entry: dict) -> None:
             single = single.item()
         alone = method.attribute(IDS[row : row + 1], single, (MASK[row : row + 1],))
         if isinstance(attributions, torch.Tensor):
-            torch.testing.assert_close(attributions[row], alone[0], **EXACT)
+            torch.testing.assert_close(attributions[row], alone[0], **limit)
         else:
             for part, own in zip(attributions, alone, strict=True):
-                torch.testing.assert_close(part[row], own[0], **EXACT)
+                torch.testing.assert_close(part[row], own[0], **limit)
 
 
 @pytest.mark.parametrize("entry", CONFIG, ids=lambda entry: entry["name"])
@@ -179,8 +207,11 @@ def test_illegal_targets_get_one_clear_sentence(target, message) -> None:
             GlobEnc(model).attribute(IDS, target, MASK)
 
 
-def test_the_class() -> None:
-    method = GlobEnc(CLASSES)
+@pytest.mark.parametrize(
+    "make", [GlobEnc, ALTI, AttentionRollout, ValueZeroing, ClassAware]
+)
+def test_the_class(make) -> None:
+    method = make(CLASSES)
     assert isinstance(method, Attribution)
     assert method.get_name()
     assert not method.has_convergence_delta()
@@ -191,8 +222,9 @@ def test_the_class() -> None:
         method.attribute_future()
 
 
-def test_tuples_and_dtypes() -> None:
-    method = GlobEnc(CLASSES)
+@pytest.mark.parametrize("make", [GlobEnc, ALTI, ValueZeroing, ClassAware])
+def test_tuples_and_dtypes(make) -> None:
+    method = make(CLASSES)
     scores = method.attribute(IDS, 1, MASK)
     (single,) = method.attribute((IDS,), 1, (MASK,))
     torch.testing.assert_close(single, scores, **EXACT)
@@ -200,7 +232,7 @@ def test_tuples_and_dtypes() -> None:
     assert scores.dtype == CLASSES(IDS).dtype
     assert scores.is_contiguous()
     assert not scores.requires_grad
-    assert (scores >= 0).all()
+    assert (scores >= 0).all() or make is ClassAware
     assert not scores[MASK == 0].any()
 
 
@@ -212,9 +244,10 @@ def test_a_model_returning_integers_gets_floats() -> None:
 @pytest.mark.parametrize(
     "mode", [torch.no_grad, torch.inference_mode, torch.enable_grad], ids=str
 )
-def test_grad_modes(mode) -> None:
-    expected = GlobEnc(CLASSES).attribute(IDS, 1, MASK)
-    method = GlobEnc(CLASSES)
+@pytest.mark.parametrize("make", [GlobEnc, ALTI, ValueZeroing, ClassAware])
+def test_grad_modes(mode, make) -> None:
+    expected = make(CLASSES).attribute(IDS, 1, MASK)
+    method = make(CLASSES)
     with mode():
         before = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         inside = method.attribute(IDS, 1, MASK)
@@ -327,20 +360,21 @@ def test_everything_is_left_as_it_was_after_an_exception(where: str) -> None:
     torch.testing.assert_close(scores, expected, **EXACT)
 
 
+@pytest.mark.parametrize("make", [GlobEnc, ALTI, ValueZeroing, ClassAware])
 @pytest.mark.parametrize("shared", [True, False])
-def test_threads(shared: bool) -> None:
+def test_threads(shared: bool, make) -> None:
     """Attributions in several threads, and plain use of the model beside them."""
     models = [build("bert"), build("roberta")]
     if shared:
         models[1] = models[0]
-    expected = [GlobEnc(model).attribute(IDS, 1, (MASK,)) for model in models]
+    expected = [make(model).attribute(IDS, 1, (MASK,)) for model in models]
     with torch.no_grad():
         logits = [model(IDS, MASK).logits for model in models]
     problems: list[str] = []
 
     def explain(which: int) -> None:
-        for _ in range(10):
-            scores = GlobEnc(models[which]).attribute(IDS, 1, (MASK,))
+        for _ in range(3 if make is ValueZeroing else 10):
+            scores = make(models[which]).attribute(IDS, 1, (MASK,))
             if not torch.allclose(scores, expected[which], rtol=1e-10):
                 problems.append(f"scores of model {which}")
 

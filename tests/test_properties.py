@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -11,7 +12,15 @@ import transformers as t
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from captum_globenc import GlobEnc, InputError, UnsupportedModelError
+from captum_globenc import (
+    ALTI,
+    AttentionRollout,
+    GlobEnc,
+    InputError,
+    UnsupportedModelError,
+    ValueZeroing,
+    record,
+)
 from captum_globenc.recording.outputs import output_tensor
 from tests.conftest import left_behind
 from tests.models import (
@@ -29,6 +38,19 @@ from tests.models import (
 
 NAMES = ["W_RES", "N", "N_ENC"]
 EXACT = {"rtol": 1e-12, "atol": 0}
+OTHERS = {
+    "ALTI": ALTI,
+    "attention rollout": AttentionRollout,
+    "Value Zeroing": ValueZeroing,
+    "class-aware": functools.partial(GlobEnc, class_aware=True),
+}
+METHODS = {name: functools.partial(GlobEnc, local=name) for name in NAMES} | OTHERS
+# Of what is left where large numbers are subtracted.
+LIMITS = {
+    "ALTI": {"rtol": 1e-9, "atol": 1e-13},
+    "Value Zeroing": {"rtol": 1e-8, "atol": 1e-13},
+    "class-aware": {"rtol": 1e-9, "atol": 1e-10},
+}
 
 
 @pytest.fixture(params=FAMILIES)
@@ -41,29 +63,31 @@ def attribute(model: object, ids, mask, **options):
     return globenc.attribute(ids, target=1, additional_forward_args=(mask,))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", METHODS)
 def test_padded_batch_equals_single_examples(family: str, name: str) -> None:
-    model = build(family)
+    model, limit = build(family), LIMITS.get(name, EXACT)
     sentences = [sentence(n, seed=n) for n in (11, 3, 7)]
     ids, mask = padded(sentences)
-    globenc = GlobEnc(model, local=name)
-    scores = globenc.attribute(ids, 0, (mask,))
-    whole = globenc.decompose(ids, (mask,))
+    method = METHODS[name](model)
+    scores = method.attribute(ids, 0, (mask,))
+    whole = method.decompose(ids, (mask,))
     for row, example in enumerate(sentences):
         n = len(example)
-        single = globenc.attribute(example[None], 0, (torch.ones(1, n).long(),))
-        torch.testing.assert_close(scores[row, :n], single[0], **EXACT)
-        alone = globenc.decompose(example[None]).local[0]
-        torch.testing.assert_close(whole.local[row, :, :n, :n], alone, **EXACT)
+        single = method.attribute(example[None], 0, (torch.ones(1, n).long(),))
+        torch.testing.assert_close(scores[row, :n], single[0], **limit)
+        alone = method.decompose(example[None]).local[0]
+        torch.testing.assert_close(whole.local[row, :, :n, :n], alone, **limit)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", METHODS)
 def test_appended_padding_changes_nothing(family: str, name: str) -> None:
     model = build(family)
     sentences = [sentence(8), sentence(5)]
-    short = attribute(model, *padded(sentences), local=name)
-    long = attribute(model, *padded(sentences, extra=6), local=name)
-    torch.testing.assert_close(long[:, :8], short, **EXACT)
+    method = METHODS[name](model)
+    (ids, mask), (longer, longer_mask) = padded(sentences), padded(sentences, extra=6)
+    short = method.attribute(ids, 1, (mask,))
+    long = method.attribute(longer, 1, (longer_mask,))
+    torch.testing.assert_close(long[:, :8], short, **LIMITS.get(name, EXACT))
     assert not long[:, 8:].any()
 
 
@@ -100,6 +124,63 @@ def test_internal_batches_give_the_same(family: str) -> None:
             ids, [0, 1, 2, 1, 0], (mask,), internal_batch_size=size
         )
         torch.testing.assert_close(parts, whole, **EXACT)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("kind", ["bert", "modernbert", "xlnet"])
+def test_other_methods_in_any_order_and_parts(kind: str, name: str) -> None:
+    model, limit = build(kind), LIMITS.get(name, EXACT)
+    ids, mask = padded([sentence(n, seed=n) for n in (4, 9, 6, 2)])
+    method, targets = METHODS[name](model), torch.tensor([0, 1, 2, 1])
+    whole = method.attribute(ids, targets, (mask,))
+    for size in (1, 3):
+        parts = method.attribute(ids, targets, (mask,), internal_batch_size=size)
+        torch.testing.assert_close(parts, whole, **limit)
+    order = torch.tensor([2, 0, 3, 1])
+    permuted = method.attribute(ids[order], targets[order], (mask[order],))
+    torch.testing.assert_close(permuted, whole[order], **limit)
+    run = record(model, ids, mask)
+    assert torch.equal(method.attribute(run, targets), whole)
+    local = method.decompose(run).local
+    assert torch.equal(local, method.decompose(ids, mask).local)
+    sizes = METHODS[name](model, normalize=True).attribute(run, targets).abs().sum(-1)
+    torch.testing.assert_close(sizes, torch.ones(4).double(), **EXACT)
+    if name != "class-aware":
+        rollout = method.decompose(run).rollout()
+        torch.testing.assert_close(whole, rollout[:, 0], rtol=1e-9, atol=1e-13)
+        at_second = method.attribute(run, targets, token_index=1)
+        torch.testing.assert_close(at_second, rollout[:, 1], rtol=1e-9, atol=1e-13)
+    assert not left_behind(model)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_other_methods_by_any_attention(name: str, attention: str) -> None:
+    ids, mask = padded([sentence(8), sentence(5)])
+    expected = METHODS[name](build("bert")).attribute(ids, 1, (mask,))
+    model = build("bert", attention=attention)
+    scores = METHODS[name](model).attribute(ids, 1, (mask,))
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_methods_on_embeddings_and_tuples(name: str) -> None:
+    model = build("bert")
+    ids, mask = padded([sentence(8), sentence(5)])
+    limit = LIMITS.get(name, EXACT)
+    expected = METHODS[name](model).attribute(ids, 1, (mask,))
+    embeddings = model.get_input_embeddings()(ids).detach()
+
+    def forward(embeddings, types, mask):
+        return model(
+            inputs_embeds=embeddings, token_type_ids=types, attention_mask=mask
+        ).logits
+
+    method, types = METHODS[name](forward), torch.zeros_like(ids)
+    spread, zeros = method.attribute((embeddings, types), 1, mask)
+    assert spread.shape == embeddings.shape
+    torch.testing.assert_close(spread.sum(-1), expected, **limit)
+    assert not zeros.any()
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -298,21 +379,22 @@ def test_masks_that_hide_everything_from_padding(kind: str) -> None:
     torch.testing.assert_close(local, expected, **EXACT)
 
 
-@pytest.mark.parametrize("name", [*NAMES, "W", "N_FIXED_RES"])
+@pytest.mark.parametrize("name", [*METHODS, "W", "N_FIXED_RES"])
 @pytest.mark.parametrize("around", ["model", "method"])
 def test_autocast(name: str, around: str) -> None:
     """The model may run in bfloat16; its decomposition is computed in float32."""
     model = build("bert", torch.float32)
     ids, mask = padded([sentence(8), sentence(5)])
-    exact = attribute(model, ids, mask, local=name, normalize=True)
+    make = METHODS.get(name, functools.partial(GlobEnc, local=name))
+    exact = make(model, normalize=True).attribute(ids, 1, (mask,))
 
     def forward(ids, mask):
         with torch.autocast("cpu", torch.bfloat16, enabled=around == "model"):
             return model(ids, mask).logits
 
     with torch.autocast("cpu", torch.bfloat16, enabled=around == "method"):
-        scores = attribute(forward, ids, mask, local=name, normalize=True)
-        assert GlobEnc(forward, local=name).decompose(ids, mask).local.isfinite().all()
+        scores = make(forward, normalize=True).attribute(ids, 1, mask)
+        assert make(forward).decompose(ids, mask).local.isfinite().all()
     torch.testing.assert_close(scores.float(), exact, rtol=0.1, atol=0.02)
 
 
@@ -383,7 +465,19 @@ def test_half_precision(family: str, dtype: torch.dtype) -> None:
     assert raw.isfinite().all()
 
 
-class _Shapes(TorchDispatchMode):
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_other_methods_in_half_precision(name: str, dtype: torch.dtype) -> None:
+    model = build("bert", torch.float32)
+    ids, mask = padded([sentence(8), sentence(5)])
+    exact = METHODS[name](model, normalize=True).attribute(ids, 1, (mask,))
+    method = METHODS[name](model.to(dtype), normalize=True)
+    scores = method.attribute(ids, 1, (mask,))
+    assert scores.dtype == dtype
+    torch.testing.assert_close(scores.float(), exact, rtol=0.1, atol=0.02)
+
+
+class Shapes(TorchDispatchMode):
     """The shapes of all tensors that are made."""
 
     def __init__(self) -> None:
@@ -408,7 +502,7 @@ def test_nothing_quadratic_is_built(name: str, monkeypatch: pytest.MonkeyPatch) 
     ids = torch.stack([sentence(40, seed=s) for s in (1, 2)])
     globenc = GlobEnc(model, local=name)
     expected = globenc.decompose(ids).rollout()[:, 0]
-    with _Shapes() as shapes:
+    with Shapes() as shapes:
         scores = globenc.attribute(ids, target=0)
     torch.testing.assert_close(scores, expected, **EXACT)
     pairs = [shape for shape in shapes.seen if shape.count(40) > 1]

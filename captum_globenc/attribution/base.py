@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, cast
 
 import torch
@@ -126,7 +126,8 @@ class RolloutAttribution(Attribution):
                 that reads several tokens it may change their weights. For a head that
                 reads one token it does not change the scores. Default: None, a fixed
                 positive combination of all outputs; for an output per token, the
-                model's or its family's pooling.
+                model's or its family's pooling. Class-aware scores need a target that
+                selects one output of each example, and depend on it.
             additional_forward_args (Any, optional): further arguments of
                 ``forward_func``, such as ``(attention_mask,)``. Default: None.
             token_index (int, Tensor, "mean", optional): the token of the last layer to
@@ -138,8 +139,8 @@ class RolloutAttribution(Attribution):
 
         Returns:
             *Tensor* or *tuple[Tensor, ...]* of **attributions**, shaped like inputs:
-            - for ids, token scores in the dtype of the forward output, at least 0, and
-              exactly 0 at padding;
+            - for ids, token scores in the dtype of the forward output, exactly 0 at
+              padding, and at least 0 where the method has no sign;
             - for embeddings, (batch, tokens, hidden), whose sum over the last dimension
               is the token score;
             - for images, the score of each patch spread over its pixels and channels,
@@ -153,6 +154,7 @@ class RolloutAttribution(Attribution):
                 that do not arrive unchanged at the encoder; a head that reads padding.
             UnsupportedModelError: no supported encoder, attention that is not softmax
                 weights times values, or a head whose readout cannot be determined.
+            AssertionError: an illegal target, as for Captum's methods.
             ReconstructionError: the recorded parts do not rebuild a layer.
             NonFiniteActivationError: NaN or infinity in a layer.
         """
@@ -197,7 +199,7 @@ class RolloutAttribution(Attribution):
         token_index: TokenIndex,
     ) -> Tensor:
         """Scores of one internal batch, in the shape of its first tensor."""
-        run = self._run(inputs, arguments, differentiate=token_index is None)
+        run = self._run(inputs, arguments, self._needs_gradient(token_index))
         *_, row = self._sweep(run, target, token_index)
         first, dtype = run.inputs[0], output_tensor(run.output).dtype
         if first.is_floating_point():
@@ -282,12 +284,22 @@ class RolloutAttribution(Attribution):
                 "the output of forward_func holds NaN, though no encoder layer does: "
                 "look for NaN in the head."
             )
+        with torch.no_grad(), torch.autocast(run.final.device.type, enabled=False):
+            return list(self._rows(run, target, token_index))
+
+    def _rows(
+        self, run: EncoderRun, target: TargetType, token_index: TokenIndex
+    ) -> Iterator[ScaledTensor]:
+        """The rows of the sweep, from what is read of the last layer's output."""
         if token_index is None:
             readout = run.readout(target, self.readout)
         else:
             readout = readout_at(token_index, run)
-        with torch.no_grad(), torch.autocast(run.final.device.type, enabled=False):
-            return list(sweep(run, self.contribution, readout))
+        return sweep(run, self.contribution, readout)
+
+    def _needs_gradient(self, token_index: TokenIndex) -> bool:
+        """Whether the head must be followed by gradients."""
+        return token_index is None
 
     def _scores(self, row: ScaledTensor, dtype: torch.dtype) -> Tensor:
         """The numbers of a row, (batch, tokens), normalised where asked for."""

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-from torch import nn
-
-from captum_globenc.attribution.base import RolloutAttribution
-from captum_globenc.contributions.norm_scores import local_score
-from captum_globenc.recording.readout import ReadoutKind
+from captum_globenc.attribution.class_aware import LocalScoreRollout
 
 
-class GlobEnc(RolloutAttribution):
+class GlobEnc(LocalScoreRollout):
     r"""Global token attribution for transformer encoders, in one forward pass.
 
     A local score measures how much each token of an encoder layer takes from every
@@ -31,6 +24,19 @@ class GlobEnc(RolloutAttribution):
     several tokens may weight them differently for each class. A head that also reads
     lower layers is explained for all hidden states that it reads.
 
+    With ``class_aware=True`` the scores are signed and for the selected output
+    :math:`y`: the top layer's vectors are projected on its gradient at the tokens that
+    are read, and that row takes the place of the top layer,
+
+    .. math::
+        r\, n^{L-1} \cdots n^1, \qquad
+        r_j = \sum_i \langle \partial y / \partial x^L_i,\; g_{ij} \rangle ,
+
+    :math:`g_{ij}` the vectors whose length is N_ENC, through all norms up to the last
+    hidden states :math:`x^L`. The layers below spread :math:`r_j` over the tokens by
+    their unsigned scores. ``decompose`` has no class. This is an extension of this
+    project, at the cost of the head's backward pass.
+
     The model runs once, with its own attention, and is observed in the calling thread.
     Nothing is changed that another thread could notice, with two exceptions: the
     encoder of a model in training mode is in evaluation mode while it is recorded, and
@@ -45,12 +51,18 @@ class GlobEnc(RolloutAttribution):
             ``captum_globenc.LOCAL_SCORES``: ``"W"``, ``"W_FIXED_RES"``, ``"W_RES"``,
             ``"N"``, ``"N_FIXED_RES"``, ``"N_RES"``, ``"N_RES_LN"`` or ``"N_ENC"``.
             Default: ``"N_ENC"``, the method of the paper.
-        normalize (bool, optional): scale the scores of each example to sum to 1. For
-            images, the sum includes the special tokens. Default: False.
+        normalize (bool, optional): scale the scores of each example so that their
+            sizes sum to 1. For images, the sum includes the special tokens. Default:
+            False.
         readout (str, optional): how to weight the tokens that the head reads:
             ``"gradient"`` as above, or ``"pooling"`` for the usual pooling of the
             model's family ([CLS] for BERT), whatever the class. Default:
             ``"gradient"``.
+        class_aware (bool, optional): signed scores for the selected output, as above.
+            It needs ``local="N_ENC"``, ``readout="gradient"``, a target that selects
+            one output of each example, and a head that reads the last hidden states
+            alone, with a gradient. With ``token_index``, only the gradient at that
+            token counts. Default: False.
 
     Examples::
 
@@ -66,26 +78,3 @@ class GlobEnc(RolloutAttribution):
         >>> scores.shape == batch["input_ids"].shape
         True
     """
-
-    def __init__(
-        self,
-        forward_func: Callable[..., Any],
-        *,
-        encoder: nn.Module | None = None,
-        local: str = "N_ENC",
-        normalize: bool = False,
-        readout: ReadoutKind = "gradient",
-    ) -> None:
-        RolloutAttribution.__init__(
-            self,
-            forward_func,
-            local_score(local),
-            encoder=encoder,
-            normalize=normalize,
-            readout=readout,
-        )
-
-    @property
-    def local(self) -> str:
-        """The name of the local score."""
-        return self.contribution.name

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from captum_globenc._captum import TargetType, TensorOrTupleOfTensorsGeneric
 from captum_globenc.attribution.adapters import shaped_like
 from captum_globenc.attribution.arguments import TokenIndex, shown
-from captum_globenc.attribution.base import RolloutAttribution
-from captum_globenc.contributions.norm_scores import local_score
+from captum_globenc.attribution.class_aware import LocalScoreRollout
 from captum_globenc.errors import InputError
 from captum_globenc.recording.readout import ReadoutKind
 from captum_globenc.recording.run import EncoderRun
 
 
-class LayerGlobEnc(RolloutAttribution, LayerAttribution):
+class LayerGlobEnc(LocalScoreRollout, LayerAttribution):
     r"""How much of each hidden state of a layer reaches what the head reads.
 
     For an encoder layer, the rollout starts at the last layer and stops at this one, so
@@ -38,9 +37,13 @@ class LayerGlobEnc(RolloutAttribution, LayerAttribution):
             runs once, where it is. Default: None.
         encoder (nn.Module, optional): as for :class:`~captum_globenc.GlobEnc`.
         local (str, optional): as for :class:`~captum_globenc.GlobEnc`.
-        normalize (bool, optional): scale the scores of each example to sum to 1 in
-            every layer. Default: False.
+        normalize (bool, optional): scale the scores of each example so that their
+            sizes sum to 1 in every layer. Default: False.
         readout (str, optional): as for :class:`~captum_globenc.GlobEnc`.
+        class_aware (bool, optional): as for :class:`~captum_globenc.GlobEnc`. The
+            output of the last layer is then scored by gradient times state,
+            :math:`\langle \partial y / \partial x^L_i, x^L_i \rangle`, before any
+            vector is projected. Default: False.
 
     Examples::
 
@@ -67,6 +70,7 @@ class LayerGlobEnc(RolloutAttribution, LayerAttribution):
         local: str = "N_ENC",
         normalize: bool = False,
         readout: ReadoutKind = "gradient",
+        class_aware: bool = False,
     ) -> None:
         layers = layer if isinstance(layer, list) else [layer]
         for part in layers:
@@ -77,13 +81,14 @@ class LayerGlobEnc(RolloutAttribution, LayerAttribution):
                 )
         if not layers:
             raise InputError("layer must name at least one module, got [].")
-        RolloutAttribution.__init__(
+        LocalScoreRollout.__init__(
             self,
             forward_func,
-            local_score(local),
             encoder=encoder,
+            local=local,
             normalize=normalize,
             readout=readout,
+            class_aware=class_aware,
         )
         self.layer = layer
         self.device_ids = device_ids
@@ -128,7 +133,8 @@ class LayerGlobEnc(RolloutAttribution, LayerAttribution):
         """
         self._checked(inputs, target)
         layers = self.layer if isinstance(self.layer, list) else [self.layer]
-        run = self._run(inputs, additional_forward_args, token_index is None)
+        needs_gradient = self._needs_gradient(token_index)
+        run = self._run(inputs, additional_forward_args, needs_gradient)
         shapes = [_hidden_of(layer, run, attribute_to_layer_input) for layer in layers]
         depths = [_depth(layer, run, attribute_to_layer_input) for layer in layers]
         rows = self._sweep(run, target, token_index)

@@ -9,6 +9,7 @@ method has one. Those that draw random numbers draw the same ones for the same t
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
 import zlib
@@ -35,8 +36,10 @@ from captum.attr import (
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from captum_globenc.attribution.alti import ALTI
 from captum_globenc.attribution.base import RolloutAttribution
 from captum_globenc.attribution.globenc import GlobEnc
+from captum_globenc.attribution.value_zeroing import ValueZeroing
 from captum_globenc.contributions.norm_scores import LOCAL_SCORES, local_score
 from captum_globenc.errors import InputError, named
 
@@ -167,18 +170,26 @@ def methods_named(
     return chosen
 
 
-def _globenc_of(local: str) -> Method:
+def _rollout_of(
+    method: Callable[..., RolloutAttribution], reduction: str, local: str | None = None
+) -> Method:
+    """A rollout method, made with ``method(forward_func, encoder=model)``."""
+
     def build(model: PreTrainedModel, _: PreTrainedTokenizerBase) -> Scorer:
-        method = GlobEnc(logits_of(model, "input_ids"), encoder=model, local=local)
+        made = method(logits_of(model, "input_ids"), encoder=model)
 
         def scores(ids: Tensor, mask: Tensor, target: Tensor, *types: Tensor) -> Tensor:
-            found: Tensor = method.attribute(ids, target, (mask, *types))
+            found: Tensor = made.attribute(ids, target, (mask, *types))
             return found
 
         return scores
 
-    reduction = f"rollout of {local}: how much of each token reaches the head"
     return Method(build, reduction, local)
+
+
+def _globenc_of(local: str) -> Method:
+    reduction = f"rollout of {local}: how much of each token reaches the head"
+    return _rollout_of(functools.partial(GlobEnc, local=local), reduction, local)
 
 
 def _attention_last(model: PreTrainedModel, _: PreTrainedTokenizerBase) -> Scorer:
@@ -307,6 +318,18 @@ METHODS: dict[str, Method] = {
         _attention_last, "attention from [CLS] in the last layer, mean over heads"
     ),
     "attention_rollout": _globenc_of("W_FIXED_RES"),
+    "alti": _rollout_of(
+        ALTI, "rollout of how close each token's vector is to the layer's state (L1)"
+    ),
+    "value_zeroing": _rollout_of(
+        ValueZeroing,
+        "rollout of how much each layer's output turns without a token's values",
+    ),
+    "globenc_class_aware": _rollout_of(
+        functools.partial(GlobEnc, class_aware=True),
+        "rollout of N_ENC, the top layer's vectors projected on the class's gradient; "
+        "signed",
+    ),
     "integrated_gradients": Method(
         _integrated_gradients,
         f"{_STEPS} steps {_BASELINE}, on the word embeddings; sum over hidden, signed",

@@ -23,8 +23,11 @@ class Contribution:
             what belongs to the sources is prepared once per layer, and ``rows(block)``
             gives :math:`n_{ij}` of a block of receivers, (batch, receivers, sources).
         is_signed (bool, optional): values below 0 occur. Default: False.
+        replays (bool, optional): it runs the layer again, which runs whole batches: it
+            is given no record of a part of the batch. Default: False.
     """
 
     name: str
     rows: Callable[[LayerRecord], Rows]
     is_signed: bool = False
+    replays: bool = False

@@ -29,14 +29,20 @@ import torch
 from torch import Tensor
 
 from captum_globenc.contributions.contribution import Contribution, Rows
-from captum_globenc.encoders.parts import NORMS, Norm
-from captum_globenc.encoders.weights import through_norms
+from captum_globenc.contributions.vectors import (
+    FIRST_NORM,
+    NO_NORM,
+    deviation_of,
+    norms_of,
+    own_vectors,
+    positions,
+    set_diagonal,
+    summed_vectors,
+)
+from captum_globenc.encoders.parts import NORMS
 from captum_globenc.errors import named
-from captum_globenc.recording.records import LayerRecord, Receivers, take
+from captum_globenc.recording.records import LayerRecord, Receivers
 
-# The norms that a score's vectors go through; a layer has some of them.
-_NO_NORM: tuple[str, ...] = ()
-_FIRST_NORM = ("attention_norm",)
 # How many tokens and heads are multiplied at once: few enough to stay in the cache and
 # to leave out most of the symmetric half, enough to keep the processor busy.
 _TOKEN_CHUNK = 512
@@ -70,28 +76,22 @@ def attention_weights_residual(record: LayerRecord) -> Rows:
 
     def rows(receivers: Receivers) -> Tensor:
         alpha = record.attention(receivers)
-        own = _own_vectors(record, alpha, receivers, through=NORMS)
-        context = torch.einsum(
-            "bhij,bhjd->bihd", alpha, record.call.value.to(record.dtype)
-        )
-        mixed = context.flatten(2) @ record.weights.output.T
-        mixed = mixed + take(record.hidden, receivers).to(record.dtype)
-        scale = _deviation(record, receivers, through=NORMS)[..., None]
-        others = through_norms(mixed, _norms(record, NORMS).values()) / scale - own
+        own = own_vectors(record, alpha, receivers, through=NORMS)
+        others = summed_vectors(record, alpha, receivers, through=NORMS) - own
         ratio = others.norm(dim=-1)
         ratio = ratio / (ratio + own.norm(dim=-1))
-        off = _set_diagonal(alpha.mean(1), receivers, torch.zeros_like(ratio))
+        off = set_diagonal(alpha.mean(1), receivers, torch.zeros_like(ratio))
         total = off.sum(-1, keepdim=True)
         ratio = ratio[..., None].masked_fill(total == 0, 0)
         off = off / total.masked_fill(total == 0, 1) * ratio
-        return _set_diagonal(off, receivers, 1 - ratio[..., 0])
+        return set_diagonal(off, receivers, 1 - ratio[..., 0])
 
     return rows
 
 
 def norms(record: LayerRecord) -> Rows:
     r"""``N``: :math:`\|a_{ij}\|`, :math:`a_{ij} = \sum_h \alpha^h_{ij} f^h(x_j)`."""
-    gram = _source_gram(record, through=_NO_NORM)
+    gram = _source_gram(record, through=NO_NORM)
     return lambda receivers: _quadratic(gram, record.attention(receivers))
 
 
@@ -111,7 +111,7 @@ def norms_fixed_residual(record: LayerRecord) -> Rows:
 
 def norms_residual(record: LayerRecord) -> Rows:
     r"""``N_RES``: :math:`\|a_{ij} + \delta_{ij} x_i\|`."""
-    return _norms_through(record, through=_NO_NORM)
+    return _norms_through(record, through=NO_NORM)
 
 
 def norms_residual_layernorm(record: LayerRecord) -> Rows:
@@ -119,7 +119,7 @@ def norms_residual_layernorm(record: LayerRecord) -> Rows:
 
     :math:`g^1_{ij} = \gamma_1 \odot C(a_{ij} + \delta_{ij} x_i) / s^1_i`.
     """
-    return _norms_through(record, through=_FIRST_NORM)
+    return _norms_through(record, through=FIRST_NORM)
 
 
 def norms_encoder(record: LayerRecord) -> Rows:
@@ -161,10 +161,10 @@ def _norms_through(record: LayerRecord, through: tuple[str, ...]) -> Rows:
 
     def rows(receivers: Receivers) -> Tensor:
         alpha = record.attention(receivers)
-        own = _own_vectors(record, alpha, receivers, through).norm(dim=-1)
+        own = own_vectors(record, alpha, receivers, through).norm(dim=-1)
         values = _quadratic(gram, alpha)
-        values = values / _deviation(record, receivers, through)[..., None]
-        return _set_diagonal(values, receivers, own)
+        values = values / deviation_of(record, receivers, through)[..., None]
+        return set_diagonal(values, receivers, own)
 
     return rows
 
@@ -178,7 +178,7 @@ def _source_gram(record: LayerRecord, through: tuple[str, ...]) -> Tensor:
     """
     value = record.call.value.to(record.dtype).transpose(1, 2).contiguous()
     batch, tokens, heads, size = value.shape
-    names = tuple(_norms(record, through))
+    names = tuple(norms_of(record, through))
     folded = record.weights.gram(names, heads).view(heads, size, heads * size)
     value = value.view(batch * tokens, heads, size)
     gram = value.new_zeros(batch * tokens, heads, heads)
@@ -210,58 +210,8 @@ def _quadratic(gram: Tensor, alpha: Tensor) -> Tensor:
     return squares.clamp_(min=0).sqrt_().transpose(1, 2)
 
 
-def _own_vectors(
-    record: LayerRecord, alpha: Tensor, receivers: Receivers, through: tuple[str, ...]
-) -> Tensor:
-    """c_i M (a_ii + x_i), the vectors on the diagonal, (batch, receivers, hidden)."""
-    own = _diagonal(alpha, receivers)[..., None]  # (batch, receivers, heads, 1)
-    value = take(record.call.value.transpose(1, 2), receivers).to(record.dtype)
-    vectors = (own * value).flatten(2) @ record.weights.output.T
-    vectors = vectors + take(record.hidden, receivers).to(record.dtype)
-    vectors = through_norms(vectors, _norms(record, through).values())
-    return vectors / _deviation(record, receivers, through)[..., None]
-
-
-def _deviation(
-    record: LayerRecord, receivers: Receivers, through: tuple[str, ...]
-) -> Tensor:
-    """1 / c_i: the product of the norms' standard deviations, (batch, receivers)."""
-    ones = torch.ones_like(record.token_mask, dtype=record.dtype)
-    product = take(ones, receivers)
-    for name in _norms(record, through):
-        product = product * take(record.deviations[name], receivers)
-    return product
-
-
-def _norms(record: LayerRecord, through: tuple[str, ...]) -> dict[str, Norm]:
-    """Those of these norms that the layer has, in order."""
-    norms = record.weights.norms
-    return {name: norms[name] for name in through if name in norms}
-
-
-def _positions(values: Tensor, receivers: Receivers) -> Tensor:
-    """The sources on the diagonal of a block, (batch, receivers)."""
-    tokens = torch.arange(values.shape[-1], device=values.device)
-    if isinstance(receivers, slice):
-        return tokens[receivers].expand(values.shape[0], -1)
-    return receivers
-
-
-def _diagonal(alpha: Tensor, receivers: Receivers) -> Tensor:
-    """α_ii of a block, (batch, receivers, heads)."""
-    index = _positions(alpha, receivers)[:, None, :, None]
-    index = index.expand(-1, alpha.shape[1], -1, -1)
-    return alpha.gather(-1, index)[..., 0].transpose(1, 2)
-
-
-def _set_diagonal(values: Tensor, receivers: Receivers, diagonal: Tensor) -> Tensor:
-    """``values`` with this diagonal, (batch, receivers), in place."""
-    index = _positions(values, receivers)[..., None]
-    return values.scatter_(-1, index, diagonal[..., None])
-
-
 def _halve_onto_identity(values: Tensor, receivers: Receivers) -> Tensor:
     """½ values + ½ I."""
-    index = _positions(values, receivers)[..., None]
+    index = positions(values, receivers)[..., None]
     half = torch.full_like(values[..., :1], 0.5)
     return (values / 2).scatter_add_(-1, index, half)

@@ -78,19 +78,20 @@ def sweep(
         readout (Readout): the seed, what is read of the hidden states.
 
     Yields:
-        *ScaledTensor* values of shape (batch, tokens): the seed of the last layer's
-        output; then what is taken from each token of the input of the top layer, of the
-        next lower one, and so on. The last are the scores of the encoder's input.
+        *ScaledTensor* values of shape (batch, tokens): the seed of the highest layer's
+        output that is read, as a rule the last one's; then what is taken from each
+        token of this layer's input, of the next lower one's, and so on. The last are
+        the scores of the encoder's input.
     """
-    layers = len(run.layers)
-    seed, receivers = readout.weights[layers], readout.receivers
+    top = max(readout.weights)
+    seed, receivers = readout.weights[top], readout.receivers
     batch, tokens = seed.shape
-    size = max(1, _HELD // (run.heads * tokens**2))
+    size = max(1, batch if contribution.replays else _HELD // (run.heads * tokens**2))
     groups = [slice(first, first + size) for first in range(0, batch, size)]
     row = ScaledTensor.of(seed)
     yield row
     # Layers outside and groups inside: a layer's weights are then fetched once.
-    for index, layer in reversed(list(enumerate(run.layers))):
+    for index, layer in reversed(list(enumerate(run.layers[:top]))):
         total = torch.zeros_like(row.values)
         for group in groups:
             rows = contribution.rows(layer if size >= batch else layer.examples(group))

@@ -66,6 +66,7 @@ class LayerWeights:
     Attributes:
         output (Tensor): :math:`W_O`, (hidden, heads × head size), multiplied by the
             layer scale where there is one.
+        output_bias (Tensor): :math:`b_O`, (hidden), likewise.
         norms (dict[str, Norm]): the norms after the residuals, by their names in
             :class:`~captum_globenc.Architecture`, in the order of their application.
         probes (Tensor): fixed random directions, (hidden, probes); see
@@ -87,10 +88,11 @@ class LayerWeights:
         hidden = weight.new_ones(len(weight), dtype=dtype)
         # Copies: what is kept must not change with the model.
         self.output = weight.to(dtype, copy=True)
-        offset = 0 * hidden if bias is None else bias.to(dtype)
+        offset = 0 * hidden if bias is None else bias.to(dtype, copy=True)
         if parts.layer_scale is not None:
             scale = parts.layer_scale.detach().to(dtype)
             self.output, offset = scale[:, None] * self.output, scale * offset
+        self.output_bias = offset
         self.norms = {name: Norm.of(m, hidden) for name, m in parts.norms.items()}
         self.probes = random_signs(len(hidden), PROBES, dtype, hidden.device)
         self.output_probes = self.output.T @ self.probes

@@ -42,43 +42,66 @@ def by_gradient(
         UnsupportedModelError: an output depends on several examples.
         InputError: padding is read.
     """
-    if not selected.requires_grad:
+    gradients = gradients_of(selected, states, batch_dimension)
+    if gradients is None:
         return None
-    batch = len(token_mask)
-    # Outputs of each example by their own factor: gradients must follow it.
-    factors = 1 + _fixed_numbers(batch, selected)
-    norms = _gradient_norms(selected.sum(), states, batch_dimension)
-    if batch > 1:
-        scaled = _gradient_norms(
-            (selected.sum(1) * factors).sum(), states, batch_dimension
-        )
-        for layer, values in norms.items():
-            expected = values * factors[:, None]
-            # Of rounding; other examples change much more.
-            dtypes = [selected.dtype, *(state.dtype for state in states.values())]
-            unit = min(256 * max(torch.finfo(dtype).eps for dtype in dtypes), 0.1)
-            limit = unit * expected.amax(1, keepdim=True)
-            if not ((scaled[layer] - expected).abs() <= limit).all():
-                raise UnsupportedModelError(
-                    "the outputs of an example depend on other examples of the batch: "
-                    "pass one example at a time (internal_batch_size=1), or "
-                    "token_index."
-                )
+    norms = {layer: rows.norm(dim=-1) for layer, rows in gradients.items()}
     total = cast(Tensor, sum(values.sum(1) for values in norms.values()))
-    if not (torch.isfinite(total) & (total > 0)).all():
-        return None
     shares = {layer: values / total[:, None] for layer, values in norms.items()}
     for values in shares.values():
         check_padding(values, token_mask)
     return shares
 
 
-def _gradient_norms(
+def gradients_of(
+    selected: Tensor, states: dict[int, Tensor], batch_dimension: int = 0
+) -> dict[int, Tensor] | None:
+    """The gradient of what is read with respect to every hidden state.
+
+    Args:
+        selected (Tensor): what is explained, (batch, n): outputs of each example.
+        states (dict[int, Tensor]): layer → its hidden states, (batch, tokens, hidden).
+        batch_dimension (int, optional): 1 where the states are (tokens, batch, hidden).
+            Default: 0.
+
+    Returns:
+        *dict* of layer → (batch, tokens, hidden), of the last layer and of those on
+        which the outputs depend; or *None* where an example has no gradient.
+
+    Raises:
+        UnsupportedModelError: an output depends on several examples.
+    """
+    if not selected.requires_grad:
+        return None
+    batch = len(selected)
+    # Outputs of each example by their own factor: gradients must follow it.
+    factors = 1 + _fixed_numbers(batch, selected)
+    gradients = _gradients(selected.sum(), states, batch_dimension)
+    norms = {layer: rows.norm(dim=-1) for layer, rows in gradients.items()}
+    if batch > 1:
+        scaled = _gradients((selected.sum(1) * factors).sum(), states, batch_dimension)
+        for layer, values in norms.items():
+            expected = values * factors[:, None]
+            # Of rounding; other examples change much more.
+            dtypes = [selected.dtype, *(state.dtype for state in states.values())]
+            unit = min(256 * max(torch.finfo(dtype).eps for dtype in dtypes), 0.1)
+            limit = unit * expected.amax(1, keepdim=True)
+            if not ((scaled[layer].norm(dim=-1) - expected).abs() <= limit).all():
+                raise UnsupportedModelError(
+                    "the outputs of an example depend on other examples of the batch: "
+                    "pass one example at a time (internal_batch_size=1), or "
+                    "token_index."
+                )
+    total = cast(Tensor, sum(values.sum(1) for values in norms.values()))
+    return gradients if (torch.isfinite(total) & (total > 0)).all() else None
+
+
+def _gradients(
     selected: Tensor, states: dict[int, Tensor], batch_dimension: int
 ) -> dict[int, Tensor]:
-    """Layer → the norm of each token's gradient, (batch, tokens)."""
+    """Layer → the gradient of each token, (batch, tokens, hidden)."""
     try:
-        gradients = torch.autograd.grad(
+        found = torch.autograd.grad(
             selected, list(states.values()), retain_graph=True, allow_unused=True
         )
     except torch.OutOfMemoryError:
@@ -86,16 +109,17 @@ def _gradient_norms(
     except RuntimeError as error:
         raise UnsupportedModelError(
             "the gradient of the head, by which it is found what it reads, cannot be "
-            f"taken ({str(error).splitlines()[0][:200]}): pass token_index."
+            f"taken ({str(error).splitlines()[0][:200]}): pass token_index. "
+            "Class-aware scores need the gradient."
         ) from error
-    norms, last = {}, max(states)
-    for (layer, state), gradient in zip(states.items(), gradients):
+    gradients, last = {}, max(states)
+    for (layer, state), gradient in zip(states.items(), found):
         if gradient is None and layer != last:
             continue
         rows = torch.zeros_like(state) if gradient is None else gradient
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        norms[layer] = rows.norm(dim=-1).transpose(0, batch_dimension)
-    return norms
+        gradients[layer] = rows.transpose(0, batch_dimension)
+    return gradients
 
 
 def _fixed_numbers(count: int, like: Tensor) -> Tensor:
@@ -189,6 +213,15 @@ def pools_as_said(
         if not ((again - expected).abs() <= limit).all():
             return False
     return True
+
+
+def no_gradient(root: str, why: str) -> UnsupportedModelError:
+    """The error for a head whose gradient is not all that there is to know of it."""
+    return UnsupportedModelError(
+        f"class-aware scores of {root} need the gradient of the selected output with "
+        f"respect to the last hidden states, as all that the output depends on: {why}. "
+        "Scores without class_aware may be had."
+    )
 
 
 def not_found(root: str, what: str) -> UnsupportedModelError:

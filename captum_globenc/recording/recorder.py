@@ -396,7 +396,10 @@ class Recorder:
         modules, call = draft.modules, draft.call
         assert call is not None
         hidden = draft.inputs["layer"].detach()
-        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        device = hidden.device.type
+        is_cast = torch.is_autocast_enabled(device)
+        autocast = torch.get_autocast_dtype(device) if is_cast else None
+        with torch.no_grad(), torch.autocast(device, enabled=False):
             weights = self._weights.get(modules.name, modules.parts)
             dtype = weights.probes.dtype
             deviations = {
@@ -441,6 +444,7 @@ class Recorder:
                     draft.args,
                     draft.kwargs,
                     self.encoder.architecture.batch_first,
+                    autocast,
                 ),
                 versions=tuple(draft.versions),
             )

@@ -161,7 +161,10 @@ class LayerRecord:
         return largest
 
     def examples(self, rows: slice) -> LayerRecord:
-        """The record of some of the examples, sharing memory with this one."""
+        """The record of some of the examples, sharing memory with this one.
+
+        A part of a batch cannot be run again.
+        """
         call = self.call
         mask = call.mask
         parts: dict[str, Any] = {
@@ -176,6 +179,7 @@ class LayerRecord:
             call=call._replace(**parts, mask=mask),
             hidden=self.hidden[rows],
             deviations={name: s[rows] for name, s in self.deviations.items()},
+            replay=_no_replay,
             hidden_probe=self.hidden_probe[rows],
             value_probe=self.value_probe[rows],
             context_probe=self.context_probe[rows],
@@ -208,6 +212,13 @@ class LayerRecord:
             return mask
         mask = mask.transpose(1, 2).expand(len(self.hidden), -1, -1, -1)
         return take(mask, receivers).transpose(1, 2)
+
+
+def _no_replay(*_: Any, **__: Any) -> Tensor:
+    raise InputError(
+        "a layer runs again with its whole batch, and this record is of some of its "
+        "examples: declare the contribution with replays=True."
+    )
 
 
 def probed(vectors: Float[Tensor, "*heads tokens size"]) -> Tensor:
@@ -247,13 +258,13 @@ class Grid(NamedTuple):
 
 @dataclass(frozen=True)
 class Readout:
-    """How much a head reads of every hidden state.
+    """How much is read of every hidden state.
 
     Args:
-        weights (dict[int, Tensor]): layer → (batch, tokens), the share of each token of
-            the layer's output; 0 is the output of the embeddings. The shares of an
-            example sum to 1. The last layer is always there.
-        receivers (Tensor or None): (batch, 1), the tokens of the last layer that are
+        weights (dict[int, Tensor]): layer → (batch, tokens), how much of each token of
+            the layer's output; 0 is the output of the embeddings. Of a head they are
+            shares, which sum to 1 in an example, and the last layer is always there.
+        receivers (Tensor or None): (batch, 1), the tokens of the highest layer that are
             read, where it is one of each example; None: several.
     """
 

@@ -41,6 +41,7 @@ def replay(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     batch_first: bool,
+    autocast: torch.dtype | None,
     attention: Attention,
     hidden: Tensor | None = None,
 ) -> Tensor:
@@ -51,6 +52,8 @@ def replay(
         args (tuple): what it was called with.
         kwargs (Mapping): likewise, by name.
         batch_first (bool): hidden states are (batch, tokens, hidden) in the model.
+        autocast (torch.dtype or None): the dtype of the autocast in which the layer
+            ran; None: it ran in none.
         attention (Callable): :class:`AttentionCall` → (batch, heads, receivers, head
             size), what takes the place of the attention's output.
         hidden (Tensor, optional): another input, (batch, tokens, hidden), of the same
@@ -73,7 +76,10 @@ def replay(
     kwargs = {name: replaced(value) for name, value in kwargs.items()}
     batch, tokens = states.shape[:2] if batch_first else states.shape[:2][::-1]
     mode = _Replaced(attention, (batch, tokens))
-    with torch.no_grad(), evaluating(modules.layer), mode:
+    precision = torch.autocast(
+        states.device.type, dtype=autocast, enabled=autocast is not None
+    )
+    with torch.no_grad(), precision, evaluating(modules.layer), mode:
         output = modules.layer(*args, **kwargs)
     if mode.calls != 1:
         raise UnsupportedModelError(

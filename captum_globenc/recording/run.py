@@ -26,6 +26,8 @@ from captum_globenc.recording.readout import (
     ReadoutKind,
     by_gradient,
     by_pooling,
+    gradients_of,
+    no_gradient,
     not_found,
     pools_as_said,
     selected_outputs,
@@ -167,6 +169,49 @@ class EncoderRun:
             selected = selected_outputs(output, target, len(self.token_mask))
             return self._weighed(selected)
 
+    def gradient(self, target: TargetType = None) -> Tensor:
+        """The gradient of the selected output with respect to the last hidden states.
+
+        Args:
+            target (int, tuple, Tensor, or list, optional): as for Captum's methods; it
+                must select one output of each example. Default: None, where there is
+                only one.
+
+        Returns:
+            *Tensor* of shape (batch, tokens, hidden), in float32 at least.
+
+        Raises:
+            AssertionError: the target selects several outputs.
+            UnsupportedModelError: there is no gradient in an example, or the output
+                depends on more than the last hidden states.
+        """
+        root, last = type(self.encoder.root).__name__, len(self.layers)
+        device = self.final.device.type
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(device, enabled=False),
+        ):
+            batch = len(self.token_mask)
+            selected = selected_outputs(output_tensor(self.output), target, batch)
+            if selected.shape[1] != 1:
+                raise AssertionError(
+                    "target must select one output of each example, whose gradient is "
+                    f"taken; target {target!r} selects {selected.shape[1]} of them."
+                )
+            if self._unfollowed:
+                raise no_gradient(root, f"it also reads {self._unfollowed[0]}")
+            if self._has_left_torch:
+                why = "it reads values that leave torch (item, numpy) or are detached"
+                raise no_gradient(root, why)
+            gradients = gradients_of(selected, self._states, self._batch_dimension)
+        if gradients is None:
+            raise no_gradient(root, "there is none, or it is 0, in an example")
+        lower = sorted(n for n, rows in gradients.items() if n < last and rows.any())
+        if lower:
+            raise no_gradient(root, f"it also reads hidden states of layers {lower}")
+        return gradients[last]
+
     def _weighed(self, selected: Tensor) -> Readout:
         root = type(self.encoder.root).__name__
         if self._unfollowed:
@@ -202,8 +247,12 @@ class EncoderRun:
         return True
 
     def _shares(self, selected: Tensor, token_mask: Tensor) -> dict[int, Tensor] | None:
-        tokens_last = 0 if self.encoder.architecture.batch_first else 1
-        return by_gradient(selected, self._states, token_mask, tokens_last)
+        return by_gradient(selected, self._states, token_mask, self._batch_dimension)
+
+    @property
+    def _batch_dimension(self) -> int:
+        """Of the states as the model has them."""
+        return 0 if self.encoder.architecture.batch_first else 1
 
     def _by_family(self, is_checked: bool) -> Tensor:
         pooling = self.encoder.architecture.pooling
