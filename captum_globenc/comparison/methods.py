@@ -37,8 +37,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from captum_globenc.attribution.alti import ALTI
+from captum_globenc.attribution.attnlrp import AttnLRP
 from captum_globenc.attribution.base import RolloutAttribution
+from captum_globenc.attribution.decompx import DecompX
 from captum_globenc.attribution.globenc import GlobEnc
+from captum_globenc.attribution.linearized import (
+    LayerLinearizedAttribution,
+    LinearizedAttribution,
+)
 from captum_globenc.attribution.value_zeroing import ValueZeroing
 from captum_globenc.contributions.norm_scores import LOCAL_SCORES, local_score
 from captum_globenc.errors import InputError, named
@@ -51,6 +57,8 @@ _SHAP_BASELINES = 5
 _SHAP_SAMPLES = 200
 _SAMPLES_AT_ONCE = 50
 _WINDOW = 3
+_POINTS = 3
+_LINEARIZED = LinearizedAttribution | LayerLinearizedAttribution
 
 
 @dataclass(frozen=True)
@@ -86,7 +94,8 @@ def scorer_of(
             ``forward_func`` takes the attention mask as its second argument; or a
             scorer. Gradient methods that are no layer methods get the word embeddings
             as inputs, all others the ids. Where ``attribute`` takes ``baselines``, they
-            are the same with every token but [CLS] and [SEP] replaced by the pad token.
+            are the same with every token but [CLS] and [SEP] replaced by the pad token;
+            AttnLRP and DecompX run without.
             What comes back with a hidden dimension is summed over it.
         model (PreTrainedModel): gives the word embeddings.
         tokenizer (PreTrainedTokenizerBase): gives the special tokens.
@@ -105,7 +114,8 @@ def scorer_of(
             )
         return method
     scores = _captum_scorer(method, model, tokenizer)
-    return scores if isinstance(method, RolloutAttribution) else _repeatable(scores)
+    is_ours = isinstance(method, RolloutAttribution | _LINEARIZED)
+    return scores if is_ours else _repeatable(scores)
 
 
 def _captum_scorer(
@@ -125,7 +135,9 @@ def _captum_scorer(
     on_embeddings = isinstance(inner, GradientAttribution) and not isinstance(
         inner, LayerAttribution
     )
-    wants_baselines = "baselines" in inspect.signature(inner.attribute).parameters
+    wants_baselines = not isinstance(inner, _LINEARIZED) and (
+        "baselines" in inspect.signature(inner.attribute).parameters
+    )
 
     def scores(ids: Tensor, mask: Tensor, target: Tensor, *types: Tensor) -> Tensor:
         embed = model.get_input_embeddings() if on_embeddings else _unchanged
@@ -308,6 +320,31 @@ def _random(_: PreTrainedModel, __: PreTrainedTokenizerBase) -> Scorer:
     return _repeatable(lambda ids, *_: torch.rand(ids.shape, device=ids.device))
 
 
+def _linearized(
+    kind: Callable[..., LinearizedAttribution],
+) -> Callable[[PreTrainedModel, PreTrainedTokenizerBase], Scorer]:
+    def build(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Scorer:
+        method = kind(logits_of(model, "input_ids"))
+        return _captum_scorer(method, model, tokenizer)
+
+    return build
+
+
+def _integrated(
+    kind: Callable[..., LinearizedAttribution],
+) -> Callable[[PreTrainedModel, PreTrainedTokenizerBase], Scorer]:
+    def build(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Scorer:
+        _pad_token(tokenizer)
+        return _captum_scorer(
+            kind(logits_of(model, "input_ids")),
+            model,
+            tokenizer,
+            lambda ids: {"baselines": _blank(ids, tokenizer), "n_steps": _POINTS},
+        )
+
+    return build
+
+
 _BASELINE = "from a baseline of pad tokens between [CLS] and [SEP]"
 
 #: Every method by its name.
@@ -329,6 +366,19 @@ METHODS: dict[str, Method] = {
         functools.partial(GlobEnc, class_aware=True),
         "rollout of N_ENC, the top layer's vectors projected on the class's gradient; "
         "signed",
+    ),
+    "attnlrp": Method(
+        _linearized(AttnLRP), "relevance at the embedding block's output, signed"
+    ),
+    "decompx": Method(
+        _linearized(DecompX),
+        "relevance at the embedding block's output, without biases, signed",
+    ),
+    "integrated_attnlrp": Method(
+        _integrated(AttnLRP), f"AttnLRP at {_POINTS} points {_BASELINE}, signed"
+    ),
+    "integrated_decompx": Method(
+        _integrated(DecompX), f"DecompX at {_POINTS} points {_BASELINE}, signed"
     ),
     "integrated_gradients": Method(
         _integrated_gradients,

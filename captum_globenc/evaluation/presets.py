@@ -48,11 +48,10 @@ PRESETS: dict[str, Preset] = {
     "default": Preset(
         (
             "globenc",
-            "attention_rollout",
+            "attnlrp",
+            "decompx",
             "integrated_gradients",
             "saliency",
-            "input_x_gradient",
-            "feature_ablation",
             "random",
         )
     ),
