@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
@@ -10,15 +12,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from captum_globenc.linearization.steps import (
-    Gather,
-    Joined,
-    Mix,
-    Own,
-    Step,
-    Total,
-    Unknown,
-)
+from captum_globenc.linearization.spreading.rows import Gather, Own, Step, Unknown
+from captum_globenc.linearization.spreading.steps import Joined, Mix, Total
 
 #: Tape, function, its arguments → its result, put down; None: there is no rule for it.
 Rule = Callable[..., Any]
@@ -44,7 +39,7 @@ class Tape(TorchFunctionMode):
 
     Parameters are handed to operations detached, so that autograd says what depends on
     the tokens, also where an operation is not seen. There, and where there is no rule,
-    an :class:`~captum_globenc.linearization.steps.Unknown` step is put down.
+    an :class:`~captum_globenc.linearization.spreading.steps.Unknown` step is put down.
 
     A tensor is known by its step and, once its elements have been moved, by their
     places in the step's result: operations that move elements run on places as well.
@@ -91,12 +86,14 @@ class Tape(TorchFunctionMode):
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         rule = self._rules.get(name)
-        result = None if rule is None else rule(self, func, *args, **kwargs)
+        result = None
+        if rule is not None and _takes(rule, (self, func, *args), kwargs):
+            result = rule(self, func, *args, **kwargs)
         if result is None:
             result = func(*args, **kwargs)
         for value in flat(result):
             if is_dependent(value) and value not in self._known:
-                self.note(value, self._unknown(f"there is no rule for {name!r}"))
+                self.refuse(value, f"there is no rule for {name!r}")
         return result
 
     # What is known of tensors
@@ -123,7 +120,7 @@ class Tape(TorchFunctionMode):
         elif known.version != tensor._version:
             reason = "a value is changed in place"
         if reason:
-            self.note(tensor, self._unknown(reason))
+            self.refuse(tensor, reason)
             known = self._known[tensor]
         return known.step, known.places
 
@@ -146,8 +143,13 @@ class Tape(TorchFunctionMode):
         width = shape[-1] if shape else 1
         return Gather(step, self.places(tensor).expand(shape).reshape(-1, width))
 
-    def _unknown(self, reason: str) -> Unknown:
-        return Unknown(1, 1, self.where, reason)
+    def refuse(self, result: Tensor, reason: str) -> None:
+        """Put down that the parts of a tensor are not known."""
+        self.note(result, Unknown(1, 1, self.where, reason))
+
+    def is_known(self, tensor: Tensor) -> bool:
+        """Whether anything has been put down for it."""
+        return tensor in self._known
 
     def own(
         self, result: Tensor, step: Step, places: Tensor | None = None
@@ -186,6 +188,24 @@ def flat(values: Any) -> Iterator[Any]:
             yield from flat(value)
     else:
         yield values
+
+
+def rows_of(result: Tensor) -> tuple[int, int]:
+    """How many rows a tensor is, and their width."""
+    width = result.shape[-1] if result.ndim else 1
+    return result.numel() // width, width
+
+
+def _takes(rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a rule knows these arguments."""
+    try:
+        _signature(rule).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+_signature = functools.cache(inspect.signature)
 
 
 def _detached(value: Any) -> Any:

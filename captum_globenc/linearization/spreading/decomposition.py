@@ -8,18 +8,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from captum_globenc.linearization.shares import spread
-from captum_globenc.linearization.steps import (
+from captum_globenc.linearization.spreading.rows import Gather, Own, Step, unique
+from captum_globenc.linearization.spreading.shares import spread
+from captum_globenc.linearization.spreading.steps import (
     Copy,
-    Gather,
     Linear,
     Mix,
-    Own,
     Scale,
     Shift,
-    Step,
     Sum,
-    unique,
 )
 
 #: Numbers in one tensor of parts of a block of rows.
@@ -41,10 +38,13 @@ def plan(output: Gather, count: int) -> list[Step]:
         *list* of steps; the last is the output.
     """
     steps = _below(output.step)
-    for step in steps:
+    for step in steps.copy():
         if isinstance(step, Mix):
             _note_values(step.values.step)
-    for step in list(steps):
+            if _narrow(step):
+                steps.append(step.values.step)
+    steps.sort(key=lambda step: step.number)
+    for step in steps.copy():
         pending = [operand.step.is_pending for operand in step.operands]
         if isinstance(step, Mix):
             values = step.values.step
@@ -61,7 +61,9 @@ def plan(output: Gather, count: int) -> list[Step]:
             step.is_pending = True
         else:
             step.spreads = getattr(step, "bias", None) is not None
-    steps.append(_settled(output, count, math.inf))
+    last = _settled(output, count, math.inf)
+    last.spreads = True  # Also what has met no vector of any weight.
+    steps.append(last)
     return sorted(steps, key=lambda step: step.number)
 
 
@@ -99,6 +101,30 @@ def _note_values(step: Step) -> None:
             for part in below:
                 _note_values(part)
             step.is_pending = True
+
+
+def _narrow(mix: Mix) -> bool:
+    """Of one map to queries, keys and values make the values only."""
+    whole, index = mix.values.step, mix.values.index
+    if not isinstance(whole, Linear) or index is None:
+        return False
+    columns = unique(index % whole.width)
+    if len(columns) == whole.width:
+        return False
+    bias = None if whole.bias is None else whole.bias[columns]
+    part = Linear(
+        whole.rows,
+        len(columns),
+        whole.where,
+        whole.operand,
+        whole.weight[columns],
+        bias,
+    )
+    part.number, part.level = whole.number + 0.25, whole.level
+    part.is_pending = whole.is_pending
+    places = index // whole.width * part.width
+    mix.values = Gather(part, places + torch.searchsorted(columns, index % whole.width))
+    return True
 
 
 class Decomposition:

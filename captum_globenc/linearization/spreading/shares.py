@@ -27,7 +27,10 @@ _LEAST = 1e-12
 
 
 def spread(parts: Tensor, rule: str) -> Tensor:
-    """Every source's part with its share of the biases; no bias is left.
+    """Every source's part with its share of the biases.
+
+    A bias that meets no vector of any weight, such as one behind dead activations,
+    stays and is spread with the next one.
 
     Args:
         parts (Tensor): (sources + 1, receivers, hidden): the parts of the sources, in
@@ -41,9 +44,9 @@ def spread(parts: Tensor, rule: str) -> Tensor:
         return parts
     sources, biases = parts[:-1], parts[-1]
     weights = WEIGHTS[rule](sources, biases)
-    shares = weights / (weights.sum(0) + _LEAST)
-    sources.addcmul_(shares[..., None], biases)
-    biases.zero_()
+    total = weights.sum(0)
+    sources.addcmul_((weights / (total + _LEAST))[..., None], biases)
+    biases.mul_((total == 0)[:, None])
     return parts
 
 
@@ -51,7 +54,8 @@ def _dot(sources: Tensor, biases: Tensor) -> Tensor:
     first = biases[0]
     if bool((biases == first).all()):
         return sources @ first
-    return torch.einsum("knd,nd->kn", sources, biases)  # type: ignore[no-any-return]
+    dots: Tensor = biases.unsqueeze(1) @ sources.permute(1, 2, 0)
+    return dots.squeeze(1).T
 
 
 def _absdot(sources: Tensor, biases: Tensor) -> Tensor:

@@ -15,68 +15,32 @@ import torch
 from torch import Tensor
 
 from captum_globenc.linearization.rules import slope_at_zero
-from captum_globenc.linearization.steps import (
+from captum_globenc.linearization.spreading.attention import ATTENTION_RULES
+from captum_globenc.linearization.spreading.moves import MOVES
+from captum_globenc.linearization.spreading.rows import (
     Gather,
-    Joined,
+    Own,
+    Step,
+    Unknown,
+)
+from captum_globenc.linearization.spreading.steps import (
     Linear,
     Norm,
-    Own,
     Scale,
     Shift,
-    Step,
     Sum,
     Total,
-    Unknown,
-    size_of,
 )
-from captum_globenc.linearization.tape import Rule, Tape, flat, is_dependent
-from captum_globenc.linearization.tape_attention import ATTENTION_RULES
+from captum_globenc.linearization.spreading.tape import (
+    Rule,
+    Tape,
+    flat,
+    is_dependent,
+    rows_of,
+)
 from captum_globenc.recording.attention import transparent
 
 _Function = Callable[..., Any]
-
-
-def _move(tape: Tape, func: _Function, x: Any, *args: Any, **kwargs: Any) -> Any:
-    """Elements are moved: so are their places."""
-    if not is_dependent(x) or any(isinstance(arg, torch.dtype) for arg in args):
-        return None
-    result = func(x, *args, **kwargs)
-    if not any(map(is_dependent, flat(result))):
-        return result
-    step, _ = tape.known(x)
-    if isinstance(step, Unknown):
-        for value in flat(result):
-            tape.note(value, step)
-        return result
-    moved = func(tape.places(x).contiguous(), *args, **kwargs)
-    for value, places in zip(flat(result), flat(moved)):
-        tape.note(value, step, places)
-    return result
-
-
-def _attribute(tape: Tape, func: _Function, x: Any, *args: Any) -> Any:
-    """An attribute such as x.mT, which moves elements, or x.shape."""
-    return _move(tape, func, x, *args)
-
-
-def _same(tape: Tape, func: _Function, x: Any, *args: Any, **kwargs: Any) -> Any:
-    """The same numbers, in another dtype or memory."""
-    if not is_dependent(x):
-        return None
-    result = func(x, *args, **kwargs)
-    if result is x or not is_dependent(result):
-        return result
-    return tape.note(result, *tape.known(x))
-
-
-def _unchanged(tape: Tape, func: _Function, x: Any, *args: Any, **kwargs: Any) -> Any:
-    """The same numbers, as a matter of fact: dropout in evaluation mode, clamps."""
-    if not is_dependent(x):
-        return None
-    known = tape.known(x)
-    before = x.detach().clone()
-    result = func(x, *args, **kwargs)
-    return tape.note(result, *known) if torch.equal(result, before) else result
 
 
 def _constant(tape: Tape, func: _Function, *args: Any, **kwargs: Any) -> Any:
@@ -92,7 +56,7 @@ def _linear(
     operand = tape.gather(input)
     result = func(input, weight, bias)
     return tape.note(
-        result, Linear(*_rows(result), tape.where, operand, weight.detach(), bias)
+        result, Linear(*rows_of(result), tape.where, operand, weight.detach(), bias)
     )
 
 
@@ -106,7 +70,7 @@ def _addmm(
     if bias.shape != result.shape[-1:]:
         return None
     return tape.note(
-        result, Linear(*_rows(result), tape.where, operand, weight.T, bias)
+        result, Linear(*rows_of(result), tape.where, operand, weight.T, bias)
     )
 
 
@@ -114,18 +78,18 @@ def _layer_norm(
     tape: Tape,
     func: _Function,
     input: Tensor,
-    shape: Sequence[int],
+    normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
     *rest: Any,
 ) -> Any:
-    if len(shape) > 1 or not is_dependent(input):
+    if len(normalized_shape) > 1 or not is_dependent(input):
         return None
     operand, wide = tape.gather(input), _wide(input)
     inverse = (wide.var(-1, unbiased=False) + eps).rsqrt().reshape(-1, 1)
-    result = func(input, shape, weight, bias, eps, *rest)
-    norm = Norm(*_rows(result), tape.where, operand, inverse, True, weight, bias)
+    result = func(input, normalized_shape, weight, bias, eps, *rest)
+    norm = Norm(*rows_of(result), tape.where, operand, inverse, True, weight, bias)
     return tape.note(result, norm)
 
 
@@ -133,17 +97,17 @@ def _rms_norm(
     tape: Tape,
     func: _Function,
     input: Tensor,
-    shape: Sequence[int],
+    normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Any:
-    if len(shape) > 1 or not is_dependent(input):
+    if len(normalized_shape) > 1 or not is_dependent(input):
         return None
     operand, wide = tape.gather(input), _wide(input)
     least = torch.finfo(input.dtype).eps if eps is None else eps
     inverse = (wide.square().mean(-1) + least).rsqrt().reshape(-1, 1)
-    result = func(input, shape, weight, eps)
-    norm = Norm(*_rows(result), tape.where, operand, inverse, False, weight, None)
+    result = func(input, normalized_shape, weight, eps)
+    norm = Norm(*rows_of(result), tape.where, operand, inverse, False, weight, None)
     return tape.note(result, norm)
 
 
@@ -172,7 +136,7 @@ def sloped(tape: Tape, operand: Gather, u: Tensor, y: Tensor, limit: float) -> S
     """
     u, is_zero = _wide(u), u == 0
     slope = (_wide(y) / u.masked_fill(is_zero, 1)).masked_fill_(is_zero, limit)
-    rows, width = _rows(y)
+    rows, width = rows_of(y)
     slope = slope.reshape(rows, width)
     return Scale(rows, width, tape.where, operand, slope, is_activation=True)
 
@@ -211,7 +175,7 @@ def _gated(tape: Tape, func: _Function, x: Tensor, other: Tensor) -> Any:
     shape = torch.broadcast_shapes(x.shape, other.shape)
     operands = tape.gather(x, shape), tape.gather(other, shape)
     result = func(x, other)
-    step = tape.own(result, Sum(*_rows(result), tape.where, *operands, 1))
+    step = tape.own(result, Sum(*rows_of(result), tape.where, *operands, 1))
     return result if step is None else tape.note(result, step)
 
 
@@ -234,7 +198,7 @@ def _scaled(
 
 
 def _times(tape: Tape, operand: Gather, result: Tensor, factor: Any) -> Step:
-    rows, width = _rows(result)
+    rows, width = rows_of(result)
     numbers = _spread_out(_numbers(factor, result), result).expand(rows, -1)
     return Scale(rows, width, tape.where, operand, numbers)
 
@@ -278,7 +242,7 @@ def _sum(
         if sign < 0:
             first, second = second, first
         result = func(x, other)
-        joined = Sum(*_rows(result), tape.where, first, second, sign * other_sign)
+        joined = Sum(*rows_of(result), tape.where, first, second, sign * other_sign)
         return tape.note(result, joined)
     value, constant = (x, other) if is_dependent(x) else (other, x)
     of_value, of_constant = (sign, other_sign)[:: 1 if value is x else -1]
@@ -289,7 +253,7 @@ def _sum(
         operand = tape.gather(tape.note(negated, _times(tape, operand, negated, -1)))
     result = func(x, other)
     bias = _spread_out(numbers * of_constant, result)
-    rows, width = _rows(result)
+    rows, width = rows_of(result)
     bias = bias.expand(-1, width)
     return tape.note(result, Shift(rows, width, tape.where, operand, bias))
 
@@ -325,48 +289,6 @@ def _total(
     return tape.note(result, total)
 
 
-def _join(tape: Tape, func: _Function, *args: Any, **kwargs: Any) -> Any:
-    """Elements of several values in one: cat, stack, where, masked_fill."""
-    values: list[Step | Tensor] = []
-
-    def numbered(value: Any) -> Any:
-        """Places among all values, one behind the other."""
-        if type(value) in (tuple, list):
-            return type(value)(map(numbered, value))
-        if isinstance(value, bool | int) and func.__name__ != "masked_fill":
-            return value  # A dimension.
-        if isinstance(value, int | float):
-            value = torch.tensor(float(value))
-        if not isinstance(value, Tensor) or value.dtype == torch.bool:
-            return value
-        start = sum(map(size_of, values))
-        if is_dependent(value):
-            values.append(tape.known(value)[0])
-            return tape.places(value) + start
-        values.append(value.detach().clone())
-        return (
-            torch.arange(value.numel(), device=value.device).view(value.shape) + start
-        )
-
-    steps = [tape.known(arg)[0] for arg in flat(args) if is_dependent(arg)]
-    unknown = next((step for step in steps if isinstance(step, Unknown)), None)
-    result = func(*args, **kwargs)
-    if unknown is not None:
-        return tape.note(result, unknown)
-    index = func(*map(numbered, args), **kwargs)
-    if index.shape != result.shape:
-        return result
-    start = 0
-    for value in values:
-        stop = start + size_of(value)
-        if isinstance(value, Step) and bool(((index >= start) & (index < stop)).all()):
-            return tape.note(result, value, index - start)
-        start = stop
-    rows, width = _rows(result)
-    joined = Joined(rows, width, tape.where, index.reshape(rows, width), tuple(values))
-    return tape.note(result, joined)
-
-
 def _transparent(tape: Tape, func: _Function, *args: Any, **kwargs: Any) -> Any:
     """Functions of torch that are written in Python, seen from inside."""
     with tape:
@@ -378,32 +300,11 @@ def _is_in_place(func: _Function) -> bool:
     return name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
 
 
-def _rows(result: Tensor) -> tuple[int, int]:
-    width = result.shape[-1] if result.ndim else 1
-    return result.numel() // width, width
-
-
 def _wide(value: Tensor) -> Tensor:
     return value.detach().to(torch.promote_types(value.dtype, torch.float32))
 
 
 _NAMES: dict[Rule, str] = {
-    _move: (
-        "view reshape view_as reshape_as transpose permute t swapaxes swapdims movedim "
-        "moveaxis flatten unflatten squeeze unsqueeze expand expand_as repeat tile "
-        "repeat_interleave __getitem__ select narrow index_select gather flip roll "
-        "take_along_dim chunk split split_with_sizes tensor_split unbind unfold "
-        "ravel diagonal masked_select"
-    ),
-    _attribute: "__get__",
-    _same: (
-        "to float double half bfloat16 type type_as contiguous clone cpu cuda positive "
-        "requires_grad_ alias"
-    ),
-    _unchanged: (
-        "dropout dropout_ dropout1d dropout2d alpha_dropout feature_dropout clamp "
-        "clamp_ clip nan_to_num"
-    ),
     _constant: (
         "softmax rsqrt sqrt std var norm vector_norm linalg_vector_norm linalg_norm"
     ),
@@ -421,10 +322,11 @@ _NAMES: dict[Rule, str] = {
     _add: "add __add__ __radd__ add_ __iadd__",
     _subtract: "sub __sub__ __rsub__ sub_ __isub__ rsub subtract",
     _total: "mean sum",
-    _join: "cat concat concatenate stack where masked_fill",
     _transparent: "multi_head_attention_forward normalize",
 }
 #: Name of an operation → its rule.
-RULES: dict[str, Rule] = {
-    name: rule for rule, names in _NAMES.items() for name in names.split()
-} | ATTENTION_RULES
+RULES: dict[str, Rule] = (
+    {name: rule for rule, names in _NAMES.items() for name in names.split()}
+    | ATTENTION_RULES
+    | MOVES
+)

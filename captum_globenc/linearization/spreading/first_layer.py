@@ -17,8 +17,8 @@ from captum_globenc.linearization.activations import (
     takes_one_tensor,
 )
 from captum_globenc.linearization.rules import slope_at_zero
-from captum_globenc.linearization.tape import Tape
-from captum_globenc.linearization.tape_rules import RULES, sloped
+from captum_globenc.linearization.spreading.rules import RULES, sloped
+from captum_globenc.linearization.spreading.tape import Tape, is_dependent
 from captum_globenc.recording.compiled import ignore_compiler_warning, uncompiled
 from captum_globenc.recording.evaluation_mode import evaluating
 from captum_globenc.recording.observer import hooked
@@ -92,7 +92,8 @@ class TapedRun:
         if torch.is_inference_mode_enabled():
             self._undo.enter_context(torch.inference_mode(False))
             torch._C._set_grad_enabled(True)
-        if takes_one_tensor(module, args) and is_trusted(module):
+        is_in_place = getattr(module, "inplace", False)
+        if takes_one_tensor(module, args) and is_trusted(module) and not is_in_place:
             self.tape.is_paused = True
         if self.shape[0] or module not in self._stacked:
             return None
@@ -109,24 +110,25 @@ class TapedRun:
     ) -> Any:
         if self._is_elsewhere():
             return None
-        self._modules.pop()
-        self._locate()
         self.tape.is_paused = False
         if takes_one_tensor(module, args):
             self._activate(module, args[0], output)
+        self._modules.pop()
+        self._locate()
         return None
 
     def _activate(self, module: nn.Module, u: Tensor, output: Any) -> None:
         """Put down a module that is element-wise as one activation."""
         with torch._C.DisableTorchFunction():
-            if linearized(module, u, output) is None:
-                return
-            key = (type(module), repr(sorted(module.__dict__.items(), key=str)))
-            limit = slope_at_zero(key, module.forward)
-            if limit is not None:
+            if linearized(module, u, output) is not None:
+                key = (type(module), repr(sorted(module.__dict__.items(), key=str)))
+                limit = slope_at_zero(key, module.forward)
+                assert limit is not None
                 operand = self.tape.gather(u)
                 step = sloped(self.tape, operand, u.detach(), output.detach(), limit)
                 self.tape.note(output, step)
+            elif is_dependent(output) and not self.tape.is_known(output):
+                self.tape.refuse(output, "an activation is not 0 where its input is")
 
     def _begin(self, layer: nn.Module, hidden: Tensor) -> None:
         """Find out which dimensions of the first layer's input are batch and tokens."""
