@@ -38,12 +38,10 @@ def plan(output: Gather, count: int) -> list[Step]:
         *list* of steps; the last is the output.
     """
     steps = _below(output.step)
-    for step in steps.copy():
+    steps = _narrowed(steps)
+    for step in steps:
         if isinstance(step, Mix):
             _note_values(step.values.step)
-            if _narrow(step):
-                steps.append(step.values.step)
-    steps.sort(key=lambda step: step.number)
     for step in steps.copy():
         pending = [operand.step.is_pending for operand in step.operands]
         if isinstance(step, Mix):
@@ -103,14 +101,28 @@ def _note_values(step: Step) -> None:
             step.is_pending = True
 
 
-def _narrow(mix: Mix) -> bool:
-    """Of one map to queries, keys and values make the values only."""
-    whole, index = mix.values.step, mix.values.index
-    if not isinstance(whole, Linear) or index is None:
-        return False
-    columns = unique(index % whole.width)
-    if len(columns) == whole.width:
-        return False
+def _narrowed(steps: list[Step]) -> list[Step]:
+    """Of a map to several things, such as queries, keys and values, each by itself."""
+    parts: dict[tuple[Step, tuple[int, ...]], Step] = {}
+    for step in steps:
+        for operand in step.operands:
+            whole, index = operand.step, operand.index
+            if not isinstance(whole, Linear) or index is None:
+                continue
+            columns = unique(index % whole.width)
+            if len(columns) == whole.width:
+                continue
+            key = whole, tuple(columns.tolist())
+            if key not in parts:
+                parts[key] = _columns(whole, columns, whole.number + 0.25)
+            operand.step = parts[key]
+            places = index // whole.width * len(columns)
+            operand.index = places + torch.searchsorted(columns, index % whole.width)
+    return sorted([*steps, *parts.values()], key=lambda step: step.number)
+
+
+def _columns(whole: Linear, columns: Tensor, number: float) -> Linear:
+    """Some of what a map makes."""
     bias = None if whole.bias is None else whole.bias[columns]
     part = Linear(
         whole.rows,
@@ -120,11 +132,8 @@ def _narrow(mix: Mix) -> bool:
         whole.weight[columns],
         bias,
     )
-    part.number, part.level = whole.number + 0.25, whole.level
-    part.is_pending = whole.is_pending
-    places = index // whole.width * part.width
-    mix.values = Gather(part, places + torch.searchsorted(columns, index % whole.width))
-    return True
+    part.number, part.level = number, whole.level
+    return part
 
 
 class Decomposition:

@@ -51,11 +51,10 @@ def spread(parts: Tensor, rule: str) -> Tensor:
 
 
 def _dot(sources: Tensor, biases: Tensor) -> Tensor:
-    first = biases[0]
-    if bool((biases == first).all()):
-        return sources @ first
+    if bool((biases == biases[0]).all()):
+        return sources @ biases[0]
     dots: Tensor = biases.unsqueeze(1) @ sources.permute(1, 2, 0)
-    return dots.squeeze(1).T
+    return dots.squeeze(1).mT
 
 
 def _absdot(sources: Tensor, biases: Tensor) -> Tensor:
@@ -63,12 +62,14 @@ def _absdot(sources: Tensor, biases: Tensor) -> Tensor:
 
 
 def _abssim(sources: Tensor, biases: Tensor) -> Tensor:
-    sizes = _norm(sources, biases) * biases.norm(dim=-1)
-    return (_dot(sources, biases).abs() / sizes).masked_fill(sizes == 0, 0)
+    sizes = _norm(sources, biases) * torch.linalg.vector_norm(biases, dim=-1)
+    cosines: Tensor = _dot(sources, biases).abs() / sizes
+    return cosines.masked_fill(sizes == 0, 0)
 
 
 def _norm(sources: Tensor, biases: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(sources, dim=-1)  # type: ignore[no-any-return]
+    norms: Tensor = torch.linalg.vector_norm(sources, dim=-1)
+    return norms
 
 
 def _equal(sources: Tensor, biases: Tensor) -> Tensor:
