@@ -8,7 +8,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from captum_globenc.linearization.spreading.rows import Gather, Own, Step, unique
+from captum_globenc.linearization.spreading.rows import (
+    Gather,
+    Own,
+    Step,
+    Unknown,
+    unique,
+)
 from captum_globenc.linearization.spreading.shares import spread
 from captum_globenc.linearization.spreading.steps import (
     Copy,
@@ -150,7 +156,9 @@ class Decomposition:
         self._stored: dict[Step, tuple[Tensor, Tensor]] = {}
         self._mixed: dict[Step, tuple[Tensor, Tensor, Tensor]] = {}
         self._cache: dict[tuple[Step, tuple[int, ...]], Tensor] = {}
-        own = next(step for step in steps if isinstance(step, Own))
+        own = next((step for step in steps if isinstance(step, Own)), None)
+        if own is None:
+            raise next(step for step in steps if isinstance(step, Unknown)).error()
         self._like = own.value
         self._row = torch.tensor([row], device=own.value.device)
         self._demand()
@@ -175,6 +183,8 @@ class Decomposition:
 
     @staticmethod
     def _want(masks: dict[Step, Tensor], step: Step, rows: Tensor) -> None:
+        if isinstance(step, Unknown):
+            raise step.error()
         if step not in masks:
             masks[step] = torch.zeros(step.rows, dtype=torch.bool, device=rows.device)
         masks[step][rows] = True

@@ -140,9 +140,9 @@ class Unknown(Step):
 
     reason: str
 
-    def wanted(self, rows: Tensor) -> list[tuple[Step, Tensor]]:
-        """Raise."""
-        raise UnsupportedModelError(
+    def error(self) -> UnsupportedModelError:
+        """What to raise."""
+        return UnsupportedModelError(
             f"{self.reason} in {self.where}, so biases cannot be spread over tokens: "
             'use biases="none", or put an activation of several operations into a '
             "module without parameters."

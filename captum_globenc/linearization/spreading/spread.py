@@ -70,7 +70,8 @@ def decompose(
     """As :func:`spread`, and what the biases keep, (batch), for ``"none"``."""
     run = TapedRun(inputs)
     selected = run.run(forward_func, arguments, select)
-    with torch.no_grad():
+    off = torch.autocast(selected.device.type, enabled=False)
+    with torch.no_grad(), torch.inference_mode(False), off:
         step, _ = run.tape.known(selected)
         output = Gather(step)
         if not isinstance(step, Unknown):
