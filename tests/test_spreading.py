@@ -1,4 +1,4 @@
-"""DecompX with biases: sums, the bias-free pass, padding, blocks, refusals."""
+"""DecompX with biases: its literal twin, sums, padding, blocks, modes, refusals."""
 
 from __future__ import annotations
 
@@ -22,15 +22,13 @@ from captum_globenc.linearization.spreading import decomposition, shares, spread
 from captum_globenc.linearization.spreading.spread import decompose
 from captum_globenc.linearization.spreading.steps import Linear
 from captum_globenc.recording.outputs import output_tensor
+from tests import oracle_decompx
 from tests.conftest import left_behind
 from tests.models import FAMILIES, build, padded, randomize, sentence
+from tests.networks import CASES, error, example
 from tests.test_image_families import FAMILIES as IMAGES
 
 RULES = ("absdot", "abssim", "norm", "equal", "cls")
-# An activation that is written out in functions cannot be told from a product.
-TEXTS = [name for name in FAMILIES if name != "esm"]
-# The backward pass does not take their code.
-NO_BACKWARD = ("deberta", "deberta-v2", "big_bird")
 LENGTHS = (7, 4)
 EXACT = {"rtol": 0, "atol": 1e-10}
 
@@ -60,7 +58,7 @@ def batch() -> tuple[Tensor, Tensor]:
     return padded([sentence(n, n) for n in LENGTHS], extra=1)
 
 
-@pytest.mark.parametrize("name", TEXTS)
+@pytest.mark.parametrize("name", list(FAMILIES))
 def test_sums_and_padding(name: str) -> None:
     """Relevance sums to the output, and a batch gives what its examples give."""
     model, (ids, mask) = model_of(name), batch()
@@ -81,7 +79,7 @@ def test_sums_and_padding(name: str) -> None:
     assert not left_behind(model)
 
 
-@pytest.mark.parametrize("name", TEXTS)
+@pytest.mark.parametrize("name", list(FAMILIES))
 def test_float32(name: str) -> None:
     model, (ids, mask) = model_of(name, torch.float32), batch()
     exact = model_of(name)
@@ -94,10 +92,15 @@ def test_float32(name: str) -> None:
         assert (found.relevance - expected).abs().max() <= 2e-3 * expected.abs().max()
 
 
-@pytest.mark.parametrize("name", [name for name in TEXTS if name not in NO_BACKWARD])
+@pytest.mark.parametrize("name", list(FAMILIES))
 def test_without_biases(name: str) -> None:
     """The forward decomposition is the backward pass, and biases keep the rest."""
     model, (ids, mask) = model_of(name), batch()
+    if name == "deberta":
+        # It adds the bias of the values by itself, which the backward pass does not
+        # take for one that belongs to a token.
+        model = copy.deepcopy(model)
+        nn.init.zeros_(model.deberta.encoder.layer[0].attention.self.v_bias)
     found, kept = decompose(model, (ids,), (mask,), first, "none")
     torch.testing.assert_close(found.relevance, backward(model, ids, mask), **EXACT)
     torch.testing.assert_close(found.relevance.sum(1) + kept, found.output, **EXACT)
@@ -105,7 +108,7 @@ def test_without_biases(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [name for name in TEXTS if build(name).config._attn_implementation == "sdpa"],
+    [name for name in FAMILIES if build(name).config._attn_implementation == "sdpa"],
 )
 def test_eager_attention(name: str) -> None:
     """Some take the softmax in float32, whatever the model's dtype is."""
@@ -403,3 +406,20 @@ def test_left_padding() -> None:
                 found.relevance[row, -n:], expected.relevance[row, :n], **EXACT
             )
             assert not found.relevance[row, :-n].any()
+
+
+@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize("rule", ["none", *RULES])
+def test_the_literal_twin(name: str, rule: str) -> None:
+    model = CASES[name].build()
+    row, target = (-1, 11) if name == "gpt2" else (..., 1)
+    for tokens in (7, 2):
+        inputs = example(name, tokens)
+        network = CASES[name].network(model, inputs)
+        _, expected = oracle_decompx.decompose(network, rule)
+
+        def select(output: Tensor) -> Tensor:
+            return output[:, row, target]
+
+        found, _ = decompose(model, (inputs[None],), (), select, rule)
+        assert error(found.relevance[0], expected[:, target]) <= 1e-10

@@ -122,7 +122,7 @@ class TapedRun:
         with torch._C.DisableTorchFunction():
             if linearized(module, u, output) is not None:
                 key = (type(module), repr(sorted(module.__dict__.items(), key=str)))
-                limit = slope_at_zero(key, module.forward)
+                limit = slope_at_zero(module.forward, key)
                 assert limit is not None
                 operand = self.tape.gather(u)
                 step = sloped(self.tape, operand, u.detach(), output.detach(), limit)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from captum_globenc.linearization.functions import function_of
 from captum_globenc.linearization.rules import slope_at_zero
 from captum_globenc.linearization.spreading.attention import ATTENTION_RULES
 from captum_globenc.linearization.spreading.moves import MOVES
@@ -115,7 +116,7 @@ def _activation(
     tape: Tape, func: _Function, input: Tensor, *args: Any, **kwargs: Any
 ) -> Any:
     key = (func, repr(args), repr(kwargs))
-    limit = slope_at_zero(key, lambda u: func(u.clone(), *args, **kwargs))
+    limit = slope_at_zero(lambda u: func(u.clone(), *args, **kwargs), key)
     if limit is None or not is_dependent(input):
         return None
     u = input.detach().clone()
@@ -163,7 +164,16 @@ def _negative(tape: Tape, func: _Function, x: Tensor) -> Any:
 
 
 def _gated(tape: Tape, func: _Function, x: Tensor, other: Tensor) -> Any:
-    """Two factors that depend on tokens: the activated one is a constant."""
+    """Two factors that depend on tokens: the activated one is a constant.
+
+    Two functions of the same values are one activation, written out.
+    """
+    whole = function_of(x).times(function_of(other))
+    limit = None if whole is None else slope_at_zero(whole.compute, None)
+    if whole is not None and limit is not None:
+        operand, u = tape.gather(whole.root), whole.root.detach().clone()
+        result = func(x, other)
+        return tape.note(result, sloped(tape, operand, u, result, limit))
     steps = [tape.known(x)[0], tape.known(other)[0]]
     active = [isinstance(step, Scale) and step.is_activation for step in steps]
     is_own = all(isinstance(step, Own) for step in steps)

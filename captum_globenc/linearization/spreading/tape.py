@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from captum_globenc.linearization.functions import tagged
 from captum_globenc.linearization.spreading.rows import Gather, Own, Step, Unknown
 from captum_globenc.linearization.spreading.steps import Joined, Mix, Total
 
@@ -91,6 +92,8 @@ class Tape(TorchFunctionMode):
             result = rule(self, func, *args, **kwargs)
         if result is None:
             result = func(*args, **kwargs)
+        if name in _ELEMENT_WISE:
+            tagged(result, func, args, kwargs)
         for value in flat(result):
             if is_dependent(value) and value not in self._known:
                 self.refuse(value, f"there is no rule for {name!r}")
@@ -174,6 +177,14 @@ class Tape(TorchFunctionMode):
             value = value[places.flatten().argsort()]
         value = value.view(step.rows, step.width)
         return Own(step.rows, step.width, step.where, value, tokens[:, 0])
+
+
+# Of which activations are made that are written out.
+_ELEMENT_WISE = {
+    *("add", "__add__", "__radd__", "sub", "__sub__", "__rsub__", "rsub"),
+    *("mul", "__mul__", "__rmul__", "div", "__truediv__", "neg", "__neg__"),
+    *("pow", "__pow__", "square", "exp", "erf", "sigmoid", "softplus", "tanh"),
+}
 
 
 def is_dependent(value: Any) -> TypeGuard[Tensor]:
