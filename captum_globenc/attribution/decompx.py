@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from captum_globenc._captum import TargetType
+from captum_globenc.attribution.adapters import shaped_like
 from captum_globenc.attribution.linearized import (
     LayerLinearizedAttribution,
     LinearizedAttribution,
     TokenPlace,
 )
+from captum_globenc.attribution.relevance import Baselines, selector
+from captum_globenc.errors import InputError, named
+from captum_globenc.linearization.spreading.shares import WEIGHTS
+from captum_globenc.linearization.spreading.spread import spread
 
 
 class DecompX(LinearizedAttribution):
@@ -27,12 +34,25 @@ class DecompX(LinearizedAttribution):
     Transformers Decisions by Propagating Token Decomposition*, ACL 2023,
     https://arxiv.org/abs/2306.02873
 
+    The paper also spreads biases over the tokens: each bias, wherever it is added, goes
+    to the tokens by the weights that ``biases`` names, and the sum over tokens is the
+    output. That needs the parts of all tokens in every vector: one example at a time,
+    about 0.8 forward passes per token, and memory for three tensors of tokens × tokens
+    × hidden. Rows of receivers are made in blocks, and only those that the output is
+    made of.
+
     Any torch model of known operations is explained: encoders and decoders, texts and
     images. An operation without a rule is an error. Every run verifies that the output
     is the sum of all relevance, of the inputs and of constants.
 
     Args:
         forward_func (Callable): a model, or any function that calls one.
+        biases (str, optional): how biases go to the tokens. ``"none"``: not at all, the
+            delta holds them. For a bias :math:`b` and the parts :math:`a_k` of a
+            vector: ``"absdot"``, by :math:`|a_k \cdot b|`, the paper's choice;
+            ``"abssim"``, by their absolute cosine; ``"norm"``, by :math:`\|a_k\|`;
+            ``"equal"``, in equal shares; ``"cls"``, all to the first token. Default:
+            ``"none"``.
         place (str, optional): where the relevance of ids is read: ``"block"``, the
             output of the embedding block as in the paper, where the biases of the first
             layer's values belong to their tokens; or ``"word_embeddings"``. Default:
@@ -63,6 +83,44 @@ class DecompX(LinearizedAttribution):
         LinearizedAttribution.__init__(
             self, forward_func, "cp", place=place, keeps_own_biases=True
         )
+        named({"none": None, **WEIGHTS}, biases, "way to share biases")
+        if biases != "none" and place != "block":
+            raise InputError(
+                f'biases="{biases}" shares from the output of the embedding block on, '
+                f'and place is "{place}": leave place out, or use biases="none".'
+            )
+        self.biases = biases
+
+    def _attribute(
+        self,
+        tensors: tuple[Tensor, ...],
+        arguments: tuple[Any, ...],
+        target: TargetType,
+        baselines: Baselines,
+        n_steps: int,
+        with_output: bool,
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        if self.biases == "none":
+            return LinearizedAttribution._attribute(
+                self, tensors, arguments, target, baselines, n_steps, with_output
+            )
+        first, *others = tensors
+        if baselines is not None:
+            raise InputError(
+                f'biases="{self.biases}" has no path from a baseline, whose biases are '
+                'the same: use biases="none".'
+            )
+        if first.is_floating_point() and first.ndim == 4:
+            raise InputError(
+                f'biases="{self.biases}" shares among tokens, which have no pixels: '
+                'use biases="none" for images.'
+            )
+        select = selector(target, len(first))
+        found = spread(self.forward_func, tensors, arguments, select, self.biases)
+        scores = found.relevance.to(first.device)
+        result = [shaped_like(scores, first).reshape(first.shape)]
+        result += [torch.zeros_like(other) for other in others]
+        return tuple(result), found.output
 
 
 class LayerDecompX(LayerLinearizedAttribution):

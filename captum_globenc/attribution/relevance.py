@@ -61,7 +61,7 @@ def relevance(
         tensors,
         arguments,
         places,
-        _selector(target, len(tensors[0])),
+        selector(target, len(tensors[0])),
         rule,
         keeps_own_biases=keeps_own_biases,
     )
@@ -127,7 +127,7 @@ def integrated_relevance(
             else tuple(repeated(t, batch, count) for t in tensors),
             tuple(repeated(argument, batch, count) for argument in arguments),
             [place],
-            _selector(repeated(target, batch, count), batch * count),
+            selector(repeated(target, batch, count), batch * count),
             rule,
             None if place == "inputs" else points[0],
         )
@@ -165,7 +165,14 @@ def repeated(value: Any, batch: int, count: int) -> Any:
     return value * count if isinstance(value, list) and len(value) == batch else value
 
 
-def _selector(target: TargetType, batch: int) -> Callable[[Tensor], Tensor]:
+def selector(target: TargetType, batch: int) -> Callable[[Tensor], Tensor]:
+    """Output tensor → the selected outputs, (batch).
+
+    Args:
+        target (int, tuple, Tensor or list): as in Captum.
+        batch (int): the number of examples.
+    """
+
     def select(output: Tensor) -> Tensor:
         selected = select_targets(output, target)
         if selected.numel() != batch:

@@ -374,6 +374,10 @@ METHODS: dict[str, Method] = {
         _linearized(DecompX),
         "relevance at the embedding block's output, without biases, signed",
     ),
+    "decompx_absdot": Method(
+        _linearized(functools.partial(DecompX, biases="absdot")),
+        "the same with biases, shared by absdot: sums to the output, signed",
+    ),
     "integrated_attnlrp": Method(
         _integrated(AttnLRP), f"AttnLRP at {_POINTS} points {_BASELINE}, signed"
     ),

@@ -327,7 +327,11 @@ class Operations(TorchFunctionMode):
         given = (first, other)
         if not writes_in_place(func) or is_dependent(first):
             given = (self._summand(first, other), self._summand(other, first))
-        return tagged(func(*given, **kwargs), func, (first, other), kwargs)
+        result = tagged(func(*given, **kwargs), func, (first, other), kwargs)
+        is_bias = is_dependent(first) and not is_dependent(other)
+        if is_bias and func.__name__ in ("add", "__add__"):
+            return self._of_token(result, first, given[1])
+        return result
 
     def joined(self, func: _Handler, *args: Any, **kwargs: Any) -> Any:
         """Parts put together; a constant among them takes relevance."""

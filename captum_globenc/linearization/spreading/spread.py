@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from captum_globenc.errors import ReconstructionError, UnsupportedModelError, named
+from captum_globenc.errors import ConservationError, UnsupportedModelError, named
 from captum_globenc.linearization.spreading.decomposition import Decomposition, plan
 from captum_globenc.linearization.spreading.first_layer import TapedRun
 from captum_globenc.linearization.spreading.rows import Gather, Step, Unknown, unique
@@ -52,7 +52,7 @@ def spread(
     Raises:
         UnsupportedModelError: the output is made of an operation that is not known, of
             several examples, or of layers that are not found.
-        ReconstructionError: the parts do not sum to the output.
+        ConservationError: the parts do not sum to the output.
         NonFiniteActivationError: NaN or infinity in the output.
         InputError: an unknown way to share biases.
     """
@@ -116,9 +116,8 @@ def _check(output: Tensor, relevance: Tensor, kept: Tensor, dtype: torch.dtype) 
     size = relevance.abs().sum(1) + kept.abs() + output.abs()
     relative = float((error / size.clamp(min=torch.finfo(size.dtype).tiny)).max())
     if not relative <= _LIMITS[dtype]:
-        raise ReconstructionError(
-            "forward_func", "its output from its tokens", relative, _LIMITS[dtype]
-        )
+        where = "the parts of the tokens do not sum to the output"
+        raise ConservationError(where, relative, _LIMITS[dtype])
 
 
 # Of the sizes of all parts: far above what rounding makes of it.
