@@ -235,7 +235,7 @@ class _OfToken(torch.autograd.Function):
     ) -> Tensor:
         ctx.ledger = ledger
         ctx.save_for_backward(input, bias)
-        return result.view_as(result)
+        return result.clone()  # The model may write to it.
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
