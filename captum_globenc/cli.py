@@ -97,11 +97,12 @@ def explain(
             metavar="NAME,...",
             help="Any of globenc, W, W_FIXED_RES, W_RES, N, N_FIXED_RES, N_RES, "
             "N_RES_LN, N_ENC, attention_last, attention_rollout, alti, value_zeroing, "
-            "globenc_class_aware, integrated_gradients, saliency, input_x_gradient, "
-            "input_x_gradient_sum, gradient_shap, deep_lift, feature_ablation, "
-            "occlusion, kernel_shap, random.",
+            "globenc_class_aware, attnlrp, decompx, decompx_absdot, "
+            "integrated_attnlrp, integrated_decompx, integrated_gradients, saliency, "
+            "input_x_gradient, input_x_gradient_sum, gradient_shap, deep_lift, "
+            "feature_ablation, occlusion, kernel_shap, random.",
         ),
-    ] = "globenc,integrated_gradients,saliency",
+    ] = "globenc,attnlrp,decompx,integrated_gradients",
     local: Annotated[
         str,
         typer.Option(

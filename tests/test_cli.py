@@ -110,7 +110,7 @@ def test_explain_prints_the_default_methods_under_one_another() -> None:
     lines = result.stdout.splitlines()
     assert lines[0].startswith("Predicted: positive (9")
     headings = [line.split()[0] for line in lines if line.endswith(" s")]
-    assert headings == ["globenc", "integrated_gradients", "saliency"]
+    assert headings == ["globenc", "attnlrp", "decompx", "integrated_gradients"]
     sentences = [line.split() for line in lines if line.startswith("[CLS]")]
     assert sentences == [["[CLS]", "a", "lovely", "film", ".", "[SEP]"]] * 3
     assert result.stderr == ""

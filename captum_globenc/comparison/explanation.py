@@ -114,7 +114,12 @@ def explain(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     text: str,
-    methods: str | Iterable[str] = ("globenc", "integrated_gradients", "saliency"),
+    methods: str | Iterable[str] = (
+        "globenc",
+        "attnlrp",
+        "decompx",
+        "integrated_gradients",
+    ),
     *,
     local: str = "N_ENC",
     target: str | int | None = None,
@@ -130,8 +135,8 @@ def explain(
         tokenizer (PreTrainedTokenizerBase): the model's tokenizer.
         text (str): the sentence.
         methods (str or iterable of str, optional): keys of
-            ``captum_globenc.methods.METHODS``. Default: globenc, integrated_gradients
-            and saliency.
+            ``captum_globenc.methods.METHODS``. Default: globenc, attnlrp, decompx
+            and integrated_gradients.
         local (str, optional): the local score of ``globenc``, a key of
             ``captum_globenc.LOCAL_SCORES``. Default: ``"N_ENC"``.
         target (str or int, optional): the class to explain: its label (in any case,
