@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make the reports in docs/benchmark: every method, on 500 held-out sentences.
+"""Make the reports in docs/benchmark: methods compared on 500 held-out sentences.
 
 Needs what tutorials/train_demo_classifier.py leaves in build/demo: the six-layer
 classifier and the 1,000 sentences that neither it nor the embedded one has seen. An
@@ -12,13 +12,43 @@ import argparse
 from pathlib import Path
 
 import pandas as pd
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from captum_globenc import demo
 from captum_globenc.evaluation import PRESETS, BenchmarkResult, benchmark
 
 SENTENCES = 500
-FULL = PRESETS["full"]
+MODELS = ("six-layer", "embedded")
+PAPER = PRESETS["paper"]
+# One of each kind; the preset "full" has all others, too.
+COMPARED = (
+    "globenc",
+    "globenc_class_aware",
+    "attention_rollout",
+    "alti",
+    "value_zeroing",
+    "attnlrp",
+    "decompx",
+    "decompx_absdot",
+    "integrated_attnlrp",
+    "integrated_decompx",
+    "integrated_gradients",
+    "saliency",
+    "input_x_gradient",
+    "gradient_shap",
+    "kernel_shap",
+    "feature_ablation",
+    "random",
+)
+# What the class-aware methods are held against.
+REFERENCES = ("integrated_gradients", "kernel_shap")
+SIGNED = ("attnlrp", "decompx", "integrated_attnlrp", "integrated_decompx")
+COMPARED_MEASURES = ("aopc", "comprehensiveness", "sufficiency", "leave_one_out_tau")
 # Modarressi et al. 2022 (arXiv:2205.03286), SST-2, BERT-base, layer 12.
 PUBLISHED = {
     "W": -0.11,
@@ -39,41 +69,58 @@ def main() -> None:
     arguments.add_argument("--work", type=Path, default=Path("build/demo"))
     arguments.add_argument("--runs", type=Path, default=Path("build/report"))
     arguments.add_argument("--output", type=Path, default=Path("docs/benchmark"))
+    arguments.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
     options = arguments.parse_args()
-    six_layers = options.work / "six-layer-film-reviews"
-    models = {
-        "six-layer": (
-            AutoModelForSequenceClassification.from_pretrained(
-                six_layers, dtype="float32"
-            ).eval(),
-            AutoTokenizer.from_pretrained(six_layers),
-        ),
-        "embedded": demo.load_classifier(),
-    }
-    results = {}
-    for name, (model, tokenizer) in models.items():
+    results, papers = {}, {}
+    for name in options.models:
+        model, tokenizer = load(name, options.work)
+        texts = options.work / "held_out.jsonl"
         results[name] = benchmark(
             model,
             tokenizer,
-            options.work / "held_out.jsonl",
-            FULL.methods,
-            measures=FULL.measures,
-            per_layer=FULL.per_layer,
+            texts,
+            COMPARED,
             label_column="label",
             limit=SENTENCES,
             output=options.runs / name,
         )
         results[name].save(options.output / name)
+        papers[name] = benchmark(
+            model,
+            tokenizer,
+            texts,
+            PAPER.methods,
+            measures=PAPER.measures,
+            per_layer=PAPER.per_layer,
+            label_column="label",
+            limit=SENTENCES,
+            output=options.runs / f"{name}-paper",
+            cost_texts=0,
+        )
+        papers[name].save(options.output / f"{name}-paper")
+    if len(results) < len(MODELS):
+        return  # The page needs both.
     six, embedded = results["six-layer"], results["embedded"]
     page = PAGE.read_text(encoding="utf-8").format(
         sentences=len(six.records),
         accuracy=[six.accuracy, embedded.accuracy],
-        paper=paper_table(six, embedded),
+        paper=paper_table(papers["six-layer"], papers["embedded"]),
         six=method_table(six),
         embedded=method_table(embedded),
+        differences_six=difference_table(six),
+        differences_embedded=difference_table(embedded),
         cost=cost_table(six),
     )
     (options.output / "README.md").write_text(page, encoding="utf-8")
+
+
+def load(name: str, work: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A classifier and its tokenizer."""
+    if name == "embedded":
+        return demo.load_classifier()
+    folder = work / "six-layer-film-reviews"
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype="float32")
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 
 def paper_table(six: BenchmarkResult, embedded: BenchmarkResult) -> str:
@@ -96,6 +143,21 @@ def method_table(result: BenchmarkResult) -> str:
         for method in result.methods
     ]
     return markdown(["", *[m.replace("_", " ") for m in result.measures]], rows)
+
+
+def difference_table(result: BenchmarkResult) -> str:
+    """Signed methods minus those of Captum, on the same sentences, with intervals."""
+    rows = []
+    for reference in REFERENCES:
+        found = result.differences(reference)
+        for method in SIGNED:
+            cells = [f"`{method}` - `{reference}`"]
+            for measure in COMPARED_MEASURES:
+                row = found.loc[(method, measure)]
+                text = f"{row['mean']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})"
+                cells.append(text)
+            rows.append(cells)
+    return markdown(["", *[m.replace("_", " ") for m in COMPARED_MEASURES]], rows)
 
 
 def cost_table(result: BenchmarkResult) -> str:

@@ -268,6 +268,24 @@ def test_the_reference_correlates_with_itself(loaded) -> None:
     assert result.accuracy == 1
 
 
+def test_paired_differences(loaded) -> None:
+    result = benchmark(*loaded, TEXTS, ["globenc", "saliency", "random"], **QUIET)
+    found = result.differences("saliency")
+    assert set(found.index.get_level_values("method")) == {"globenc", "random"}
+    for method, measure in found.index:
+        pairs = [
+            record["methods"][method][measure] - record["methods"]["saliency"][measure]
+            for record in result.records
+        ]
+        defined = [pair for pair in pairs if not math.isnan(pair)]
+        row = found.loc[(method, measure)]
+        assert row["n"] == len(defined)
+        assert row["mean"] == pytest.approx(sum(defined) / len(defined))
+        assert row["low"] <= row["mean"] <= row["high"]
+    with pytest.raises(InputError, match=r"unknown method 'salience'.*'saliency'"):
+        result.differences("salience")
+
+
 def test_short_texts_and_undefined_numbers(loaded) -> None:
     result = benchmark(*loaded, ["Dull", "No"], ["globenc"], **QUIET)
     table = result.table.loc["globenc"]

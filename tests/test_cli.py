@@ -208,7 +208,7 @@ def test_real_run_with_all_it_can_print() -> None:
     assert "\x1b" not in done.stdout
     rows = [line.split() for line in done.stdout.splitlines()]
     sentence = ["[CLS]", "naive", "世", "界", "😀", "[", "bold", "]", "[SEP]"]
-    assert rows.count(sentence) == 3
+    assert rows.count(sentence) == 4
 
 
 def test_letters_that_the_encoding_lacks() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from captum_globenc.errors import InputError
+from captum_globenc.errors import InputError, named
 from captum_globenc.evaluation.perturbation import MASKED_FRACTIONS
 from captum_globenc.evaluation.scoring import Record
 
@@ -55,6 +55,34 @@ class BenchmarkResult:
                 [record["methods"][method][measure] for record in self.records]
             )
             for method in self.methods
+            for measure in self.measures
+        }
+        return _frame(rows, ["method", "measure"])
+
+    def differences(self, reference: str) -> pd.DataFrame:
+        """How much every other method is above or below one, on the same texts.
+
+        Args:
+            reference (str): one of the methods.
+
+        Returns:
+            *DataFrame* like :attr:`table`, of the paired differences, method minus
+            reference. A text for which one of the two is not defined does not count.
+
+        Raises:
+            InputError: the reference was not measured.
+        """
+        named(self.methods, reference, "method")
+        rows = {
+            (method, measure): _summary(
+                [
+                    record["methods"][method][measure]
+                    - record["methods"][reference][measure]
+                    for record in self.records
+                ]
+            )
+            for method in self.methods
+            if method != reference
             for measure in self.measures
         }
         return _frame(rows, ["method", "measure"])
