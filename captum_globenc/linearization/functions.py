@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from captum_globenc.linearization.rules import slope_at_zero, through_origin
@@ -53,6 +54,10 @@ class Function:
             return None
         one, two = self.compute, other.compute
         return Function(self.root, self.version, lambda u: combine(one(u), two(u)))
+
+    def times(self, other: Function) -> Function | None:
+        """The product with a function of the same tensor; None: of another one."""
+        return self.combined(other, torch.mul)
 
     def through_origin(self, key: tuple[object, ...] | None) -> Tensor | None:
         """Its values, with the slope from the origin as gradient.

@@ -328,7 +328,7 @@ class Operations(TorchFunctionMode):
         if not (is_dependent(input) and is_dependent(other)):
             result = func(input, other, **kwargs)
             return tagged(result, func, (input, other), kwargs)
-        whole = function_of(input).combined(function_of(other), torch.mul)
+        whole = function_of(input).times(function_of(other))
         result = None if whole is None else whole.through_origin(None)
         if result is not None:
             return result
