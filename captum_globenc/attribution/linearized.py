@@ -27,6 +27,7 @@ from captum_globenc.attribution.arguments import (
 from captum_globenc.attribution.relevance import (
     Baselines,
     Relevance,
+    check_examples,
     check_steps,
     integrated_relevance,
     relevance,
@@ -319,6 +320,9 @@ class LayerLinearizedAttribution(LayerAttribution):
                 return_convergence_delta,
             )
         parts = [part.contiguous() for part in found.parts]
+        if return_convergence_delta:
+            for part, is_turned in zip(parts, found.is_turned):
+                check_examples(part, int(is_turned), len(tensors[0]))
         deltas = [
             self.compute_convergence_delta(
                 part.transpose(0, 1) if is_turned else part, found.output

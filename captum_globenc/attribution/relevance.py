@@ -109,6 +109,7 @@ def integrated_relevance(
         ends, start = tensors, _given_baselines(baselines, tensors)
     else:
         end, is_turned = values_at(forward_func, tensors, arguments, place)
+        check_examples(end, int(is_turned), batch)
         ends = (end,)
         start = (_start(forward_func, tensors, arguments, place, baselines, end),)
     dim = int(is_turned)  # Of the examples.
@@ -155,6 +156,15 @@ def check_steps(n_steps: Any, baselines: Baselines) -> None:
         raise InputError(
             f"n_steps={n_steps} needs a baseline, where the path begins: pass "
             "baselines=, such as the ids with every word replaced by the pad token."
+        )
+
+
+def check_examples(value: Tensor, dim: int, batch: int) -> None:
+    """Raise InputError where all examples share the values of a layer."""
+    if not value.ndim or value.shape[dim] % batch:
+        raise InputError(
+            f"the layer's values have shape {tuple(value.shape)}, and a part for each "
+            f"of {batch} examples is expected: pass one example at a time."
         )
 
 
@@ -241,4 +251,9 @@ def _start(
                 f"the baseline of ids must be an id or a tensor, got {baseline!r}."
             )
     changed = _given_baselines(given, tensors)
-    return values_at(forward_func, changed, arguments, place)[0]
+    try:
+        return values_at(forward_func, changed, arguments, place)[0]
+    except IndexError as error:
+        raise InputError(
+            f"the model cannot look up the baseline {shown(baselines)}: {error}."
+        ) from error

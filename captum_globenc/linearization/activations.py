@@ -51,8 +51,8 @@ def _slope_at_zero(module: nn.Module, u: Tensor) -> float | None:
         with suppress(Exception):
             return slope_at_zero(module.forward, None, u.device)
         return None
-    key = (type(module), repr(sorted(module.__dict__.items(), key=str)))
-    return slope_at_zero(module.forward, key, u.device)
+    settings = {k: v for k, v in module.__dict__.items() if not k.startswith("_")}
+    return slope_at_zero(module.forward, (type(module), repr(settings)), u.device)
 
 
 def linearized(module: nn.Module, u: Tensor, output: Any) -> Tensor | None:

@@ -49,7 +49,7 @@ from captum_globenc.linearization.rules import (
     take,
     valued,
 )
-from captum_globenc.linearization.severed import LEAVES_TORCH, Severed
+from captum_globenc.linearization.severed import LEAVES_TORCH, SEVERS, Severed
 from captum_globenc.recording.attention import transparent
 
 #: How attention and products of two dependent factors are treated.
@@ -97,23 +97,20 @@ class Operations(TorchFunctionMode):
         args = tuple(map(self._detached, args))
         if kwargs:
             kwargs = {name: self._detached(value) for name, value in kwargs.items()}
-        if name_of(func) in LEAVES_TORCH and is_dependent(args[0]):
+        name = name_of(func)
+        if name in LEAVES_TORCH and is_dependent(args[0]):
             args = (args[0].detach(), *args[1:])  # As it can be without gradients.
-        result = self._by_rule(func, args, kwargs)
-        self.severed.follow(func, *given, result)
+        handler: _Handler = _HANDLERS.get(name, _as_it_is)
+        if name[-1:] == "_" and writes_in_place(func) and any(map(is_dependent, args)):
+            # The rule is for a copy, whose result is then written to the tensor.
+            copy = function_of(args[0]).tag(args[0].clone())
+            changed = handler(self, func, copy, *args[1:], **kwargs)
+            result = args[0].copy_(changed)
+        else:
+            result = handler(self, func, *args, **kwargs)
+        if self.severed.is_active or name in SEVERS:
+            self.severed.follow(func, *given, result)
         return result
-
-    def _by_rule(
-        self, func: _Handler, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        handler = _HANDLERS.get(name_of(func))
-        if not writes_in_place(func) or not any(map(is_dependent, args)):
-            return (handler or _as_it_is)(self, func, *args, **kwargs)
-        # The rule is for a copy, whose result is then written to the tensor.
-        target = args[0]
-        copy = function_of(target).tag(target.clone())
-        result = (handler or _as_it_is)(self, func, copy, *args[1:], **kwargs)
-        return target.copy_(result)
 
     def _detached(self, value: Any) -> Any:
         """An argument without the gradient of anything but the explained inputs."""

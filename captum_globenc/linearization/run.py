@@ -229,6 +229,8 @@ class _Watcher:
         ends_there: bool = False,
     ) -> None:
         self.ledger = Ledger()
+        #: In which numbers modules compute.
+        self.dtypes: set[torch.dtype] = set()
         self.operations = _Lookups(rule, self.ledger, self)
         self._places = list(places)
         self._points = points
@@ -250,8 +252,6 @@ class _Watcher:
         self._shape: tuple[int, int] = (0, 0)
         self._lookup_turned: bool | None = None
         self._has_leaf = False
-        #: In which numbers modules compute.
-        self.dtypes: set[torch.dtype] = set()
         self.inputs = self._prepared(inputs)
 
     def _prepared(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -270,6 +270,7 @@ class _Watcher:
                     tensor = tensor.requires_grad_()
                     self.operations.leaves[id(tensor)] = tensor
                     self._leaves.append(tensor)
+                    self.dtypes.add(tensor.dtype)
                     tensor = tensor.clone()
                 result.append(tensor)
         return tuple(result)

@@ -20,15 +20,18 @@ _TAG = "_captum_globenc_severed"
 _CUTS = {torch.detach, torch.Tensor.detach, torch.Tensor.data.__get__}  # type: ignore[attr-defined]
 #: What leaves torch, to come back or not.
 LEAVES_TORCH = {"numpy", "__array__", "__deepcopy__"}
+#: Names of operations that begin it.
+SEVERS = {"detach", "__get__", *LEAVES_TORCH}
 # Tensors made of what is not one, such as an array.
 _FACTORIES = {torch.tensor, torch.as_tensor, torch.asarray}
 
 
 class Severed:
-    """Follows what is detached in one run. Nothing is looked at before something is."""
+    """Follows what is detached in one run."""
 
     def __init__(self) -> None:
-        self._has_cut = False
+        #: Something has been detached.
+        self.is_active = False
         # Something has been made an array.
         self._has_left = False
 
@@ -39,24 +42,24 @@ class Severed:
         kwargs: dict[str, Any],
         result: Any,
     ) -> None:
-        """Look at an operation that has run.
+        """Look at an operation that has run: all, once something has been detached.
 
         Raises:
             UnsupportedModelError: what has been detached is used beside a value that
                 depends on the inputs.
         """
         if func in _CUTS and _is_computed(args[0]):
-            self._has_cut = True
+            self.is_active = True
             _tag(result)
         elif name_of(func) in LEAVES_TORCH and (
             _is_computed(args[0]) or _is_cut(args[0])
         ):
-            self._has_cut = self._has_left = True
+            self.is_active = self._has_left = True
             _tag(result)
         elif self._has_left and func in _FACTORIES:
             if not isinstance(args[0], int | float):
                 _tag(result)
-        elif self._has_cut:
+        elif self.is_active:
             self._look(func, args, kwargs, result)
 
     def _look(
