@@ -101,6 +101,12 @@ def function_of(value: Tensor) -> Function:
     return function  # type: ignore[no-any-return]
 
 
+def forget(value: Tensor) -> Tensor:
+    """From here on it is itself: what is made of it leads through it."""
+    value.__dict__.pop(_TAG, None)
+    return value
+
+
 def tagged(
     result: Result,
     func: Callable[..., Any],

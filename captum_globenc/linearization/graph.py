@@ -60,6 +60,7 @@ _ATTENTION = """
 """.split()  # noqa: SIM905
 # Activations without a line through the origin. In CP-LRP, gates are constants.
 _GATES = ("Sigmoid", "Hardsigmoid", "Softplus")
+_TAG = "_captum_globenc_activated"
 # Functions of Python, by kind: a user's may have any name.
 _OWN = OWN | {BackwardHookFunction._backward_cls}
 
@@ -127,8 +128,16 @@ def check_graph(
         )
 
 
+def mark_activated(value: Tensor) -> Tensor:
+    """Take note that the output of an activation was written to a tensor."""
+    setattr(value, _TAG, value._version)
+    return value
+
+
 def is_activated(value: Tensor) -> bool:
     """Whether a tensor is the output of an activation or gate, moved or not."""
+    if getattr(value, _TAG, None) == value._version:
+        return True
     return _leads_to(
         value.grad_fn, lambda n: isinstance(n, SLOPE) or name_of(n) in _GATES
     )

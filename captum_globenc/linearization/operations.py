@@ -38,7 +38,7 @@ from captum_globenc.linearization.functions import (
     tagged,
     writes_in_place,
 )
-from captum_globenc.linearization.graph import is_activated
+from captum_globenc.linearization.graph import is_activated, mark_activated
 from captum_globenc.linearization.rules import (
     Ledger,
     constant,
@@ -105,7 +105,7 @@ class Operations(TorchFunctionMode):
             # The rule is for a copy, whose result is then written to the tensor.
             copy = function_of(args[0]).tag(args[0].clone())
             changed = handler(self, func, copy, *args[1:], **kwargs)
-            result = args[0].copy_(changed)
+            result = self._written(args[0], changed)
         else:
             result = handler(self, func, *args, **kwargs)
         if self.severed.is_active or name in SEVERS:
@@ -115,6 +115,8 @@ class Operations(TorchFunctionMode):
     def _detached(self, value: Any) -> Any:
         """An argument without the gradient of anything but the explained inputs."""
         if isinstance(value, Tensor):
+            if value.is_inference():
+                return value.detach().clone()  # Autograd takes no others.
             if value.requires_grad and value.is_leaf and id(value) not in self.leaves:
                 return value.detach()
         elif type(value) in (tuple, list):
@@ -227,7 +229,13 @@ class Operations(TorchFunctionMode):
             return func(u.clone() if copies else u, *args, **kw)
 
         result = self._through_origin(input, compute, (func, repr(args), repr(kw)))
-        return input.copy_(result) if in_place else result
+        return self._written(input, result) if in_place else result
+
+    def _written(self, target: Tensor, result: Tensor) -> Tensor:
+        """A tensor that takes the values of another and its gradient."""
+        is_gate = is_activated(result)
+        target.copy_(result)
+        return mark_activated(target) if is_gate else target
 
     def _through_origin(
         self, u: Tensor, compute: _Handler, key: tuple[object, ...] | None
@@ -498,12 +506,12 @@ _RULES: dict[_Handler, str] = {
     ),
     Operations.activation: (
         "gelu silu relu tanh relu6 elu selu celu leaky_relu mish hardswish softsign "
-        "tanhshrink hardtanh erf square abs absolute __abs__ square_ abs_ "
+        "tanhshrink hardtanh erf special_erf square abs absolute __abs__ square_ abs_ "
         "relu_ tanh_ elu_ leaky_relu_ celu_ selu_ hardtanh_"
     ),
     Operations.element_wise: (
-        "sigmoid exp expm1 log1p softplus __neg__ neg negative reciprocal __rdiv__ "
-        "__rtruediv__"
+        "clone sigmoid special_expit exp expm1 log1p softplus __neg__ neg negative "
+        "reciprocal __rdiv__ __rtruediv__"
     ),
     Operations.power: "pow __pow__ pow_ __ipow__",
     Operations.softmax: "softmax",

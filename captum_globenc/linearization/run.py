@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import disable_saved_tensors_hooks, get_gradient_edge
 from torch.utils.checkpoint import CheckpointError
 
 from captum_globenc.errors import (
@@ -24,6 +24,7 @@ from captum_globenc.linearization.activations import (
     linearized,
     takes_one_tensor,
 )
+from captum_globenc.linearization.functions import forget
 from captum_globenc.linearization.graph import check_graph, goes_around
 from captum_globenc.linearization.operations import AttentionRule, Operations
 from captum_globenc.linearization.rules import Ledger, replaced
@@ -175,12 +176,9 @@ def _explained() -> Iterator[None]:
     """What torch says of in-place operations and checkpoints, as an error of ours."""
     try:
         yield
-    except CheckpointError as error:
-        raise UnsupportedModelError(
-            "the model computes a part twice, for the backward pass (torch.utils."
-            "checkpoint), and the second time is not seen: turn checkpointing off."
-        ) from error
     except RuntimeError as error:
+        if _CHECKPOINT in str(error) or isinstance(error, CheckpointError):
+            raise UnsupportedModelError(_CHECKPOINT) from error
         if not any(words in str(error) for words in _IN_PLACE):
             raise
         raise UnsupportedModelError(
@@ -189,11 +187,15 @@ def _explained() -> Iterator[None]:
         ) from error
 
 
+_CHECKPOINT = (
+    "the model computes a part a second time in the backward pass, or keeps values for "
+    "it in a way of its own (torch.utils.checkpoint, saved_tensors_hooks), and that is "
+    "not seen: turn checkpointing off."
+)
 _IN_PLACE = (
     "modified by an inplace operation",
     "modified inplace",
     "in-place operation",
-    "Inference tensors cannot",
 )
 
 
@@ -291,6 +293,8 @@ class _Watcher:
             undo.enter_context(torch.enable_grad())
             undo.enter_context(hooked(self._enter, self._leave))
             undo.enter_context(_explained())
+            with suppress(RuntimeError):  # The caller has some.
+                undo.enter_context(disable_saved_tensors_hooks(_CHECKPOINT))
             arguments = tuple(map(_countable, arguments))
             with self.operations:
                 output = output_tensor(forward_func(*inputs, *arguments))
@@ -432,6 +436,7 @@ class _Watcher:
                 leaf = value.detach().clone().requires_grad_()
                 self.operations.leaves[id(leaf)] = leaf
                 value = leaf.clone()
+            forget(value)
             # Code may write to it later.
             values, edge = value.detach().clone(), get_gradient_edge(value)
         self._found[place] = _At(values, edge, is_turned)
@@ -681,7 +686,7 @@ def _with_first(output: Any, first: Tensor) -> Any:
             if value is old:
                 output[name] = first  # type: ignore[index]
         return output
-    values = (first if value is old else value for value in output)
+    values = [first if value is old else value for value in output]
     is_named = hasattr(output, "_make")
     return output._make(values) if is_named else type(output)(values)
 
