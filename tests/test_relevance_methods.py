@@ -985,6 +985,45 @@ def test_encoders_with_decoders(kind: str, method) -> None:
         )
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_decoder_that_reads_the_same_ids(method) -> None:
+    """BART's classifier hands them on, shifted by one."""
+    sizes = {
+        f"{side}_{name}": size
+        for side in ("encoder", "decoder")
+        for name, size in (("layers", 1), ("attention_heads", 4), ("ffn_dim", 36))
+    }
+    config = t.BartConfig(
+        vocab_size=97,
+        d_model=24,
+        max_position_embeddings=40,
+        pad_token_id=PAD,
+        eos_token_id=2,
+        decoder_start_token_id=2,
+        num_labels=3,
+        **sizes,
+    )
+    model = randomize(t.BartForSequenceClassification(config)).double().eval()
+    with pytest.raises(UnsupportedModelError, match="shifted by one for a decoder"):
+        method(model).attribute(IDS, 1, MASK)
+    table = model.get_input_embeddings()
+    shifted = model.model.decoder.config.decoder_start_token_id + 0 * IDS
+    shifted[:, 1:] = IDS[:, :-1]
+
+    def both(encoded: Tensor, decoded: Tensor, mask: Tensor) -> Tensor:
+        states = model.model(
+            inputs_embeds=encoded, decoder_inputs_embeds=decoded, attention_mask=mask
+        )[0]
+        ends = states[torch.arange(len(IDS)), (IDS == 2).int().argmax(1)]
+        return model.classification_head(ends)
+
+    vectors = table(IDS).detach(), table(shifted).detach()
+    parts, delta = method(both).attribute(vectors, 1, MASK, True)
+    output = plain(model, IDS, MASK).logits[:, 1]
+    assert all(part.any() for part in parts)
+    torch.testing.assert_close(sum(map(total, parts)) + delta, output, **EXACT)
+
+
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_families(family: str) -> None:
     """Conservation and independence of examples, wherever a model can be run."""

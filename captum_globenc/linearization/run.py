@@ -475,6 +475,8 @@ class _Watcher:
         turned = given.ndim == 2 and torch.equal(ids, given.mT.to(ids))
         turned = turned and (not same or ids.shape != given.shape)
         if not same and not turned:
+            if ids.shape == given.shape and ids.shape[-1] > 1:
+                self._check_shift(ids, given.to(ids.device))
             return result
         self._lookup_turned = bool(turned)
         self._shape = (given.shape[:-1].numel(), given.shape[-1])
@@ -494,6 +496,14 @@ class _Watcher:
             if self._ends_there:
                 raise _Found
         return leaf.clone()  # The model may write to it.
+
+    def _check_shift(self, ids: Tensor, given: Tensor) -> None:
+        if torch.equal(ids[..., 1:], given[..., :-1]):
+            raise UnsupportedModelError(
+                "the ids are looked up twice in forward_func, once shifted by one for "
+                "a decoder, and only the encoder's part of their relevance would be "
+                "seen: pass embeddings as inputs, to a forward_func that hands both on."
+            )
 
     def read(self) -> list[_At]:
         """What is at the places, in their order."""
@@ -570,7 +580,8 @@ class _Watcher:
                 "has no place: pass embeddings as inputs."
             )
         return UnsupportedModelError(
-            "no stack of layers (an nn.ModuleList) ran after the word embeddings, so "
+            "no stack of layers (an nn.ModuleList, or an nn.Sequential of layers of one "
+            "kind) ran after the word embeddings, so "
             'the output of the embedding block is not known: use place="'
             'word_embeddings", or a layer method.'
         )
