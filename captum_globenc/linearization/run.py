@@ -580,10 +580,9 @@ class _Watcher:
                 "has no place: pass embeddings as inputs."
             )
         return UnsupportedModelError(
-            "no stack of layers (an nn.ModuleList, or an nn.Sequential of layers of one "
-            "kind) ran after the word embeddings, so "
-            'the output of the embedding block is not known: use place="'
-            'word_embeddings", or a layer method.'
+            "no stack of layers (an nn.ModuleList, or an nn.Sequential of one kind of "
+            "layer) ran after the word embeddings, so the output of the embedding "
+            'block is not known: use place="word_embeddings", or a layer method.'
         )
 
 
