@@ -316,6 +316,18 @@ class Operations(TorchFunctionMode):
             return func(query, key, value, attn_mask, 0.0, *args, **kwargs)  # type: ignore[no-any-return]
         # Half to the values, half to the weights; of that half to the queries and half
         # to the keys. What softmax keeps is the difference.
+        if all(map(is_dependent, (query, key, value))) and not is_dependent(attn_mask):
+            # Queries and keys get the same: two sums less.
+            result = func(
+                share(query, 0.25, self.ledger, times=2),
+                share(key, 0.25),
+                share(value, 0.5),
+                attn_mask,
+                0.0,
+                *args,
+                **kwargs,
+            )
+            return entry(result, self.ledger, times=0.5)
         parts = [
             share(part, factor, self.ledger) if is_dependent(part) else part
             for part, factor in (

@@ -39,20 +39,26 @@ class Ledger:
 
 
 def share(
-    value: Tensor, factor: float, ledger: Ledger | None = None, masked: bool = False
+    value: Tensor,
+    factor: float,
+    ledger: Ledger | None = None,
+    *,
+    times: float = 1,
+    masked: bool = False,
 ) -> Tensor:
     """The same value, with this part of its gradient.
 
     With a ledger, what is handed back is taken off it: together with :func:`entry` of
-    the result, what an operation keeps for itself. Among masked values are some of
-    minus infinity, which have no gradient.
+    the result, what an operation keeps for itself. It counts so many times, where other
+    operands are known to get the same. Among masked values are some of minus infinity,
+    which have no gradient.
     """
-    return _Share.apply(value, factor, ledger, masked)  # type: ignore[no-any-return, no-untyped-call]
+    return _Share.apply(value, factor, ledger, times, masked)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def entry(result: Tensor, ledger: Ledger) -> Tensor:
-    """The same value; the relevance that arrives here is put down in the ledger."""
-    return _Entry.apply(result, ledger)  # type: ignore[no-any-return, no-untyped-call]
+def entry(result: Tensor, ledger: Ledger, *, times: float = 1) -> Tensor:
+    """The same value; this part of the relevance that arrives goes to the ledger."""
+    return _Entry.apply(result, ledger, times)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def through_origin(
@@ -172,9 +178,14 @@ def _relevance(gradient: Tensor, value: Tensor) -> Tensor:
 class _Share(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, value: Tensor, factor: float, ledger: Ledger | None, masked: bool
+        ctx: Any,
+        value: Tensor,
+        factor: float,
+        ledger: Ledger | None,
+        times: float,
+        masked: bool,
     ) -> Tensor:
-        ctx.factor, ctx.ledger, ctx.masked = factor, ledger, masked
+        ctx.factor, ctx.ledger, ctx.times, ctx.masked = factor, ledger, times, masked
         if ledger is not None:
             ctx.save_for_backward(value)
         return value.view_as(value)
@@ -187,21 +198,22 @@ class _Share(torch.autograd.Function):
             (value,) = ctx.saved_tensors
             if ctx.masked:
                 value = value.masked_fill(gradient == 0, 0)
-            ctx.ledger.taken.append(-_relevance(gradient, value))
-        return gradient, None, None, None
+            ctx.ledger.taken.append(-ctx.times * _relevance(gradient, value))
+        return gradient, None, None, None, None
 
 
 class _Entry(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, result: Tensor, ledger: Ledger) -> Tensor:
-        ctx.ledger = ledger
+    def forward(ctx: Any, result: Tensor, ledger: Ledger, times: float) -> Tensor:
+        ctx.ledger, ctx.times = ledger, times
         ctx.save_for_backward(result)
         return result.view_as(result)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        ctx.ledger.taken.append(_relevance(gradient, *ctx.saved_tensors))
-        return gradient, None
+        relevance = _relevance(gradient, *ctx.saved_tensors)
+        ctx.ledger.taken.append(ctx.times * relevance)
+        return gradient, None, None
 
 
 class _Slope(torch.autograd.Function):
