@@ -34,7 +34,7 @@ from captum_globenc.attribution.relevance import (
 )
 from captum_globenc.errors import InputError, is_whole, named
 from captum_globenc.linearization.operations import AttentionRule
-from captum_globenc.linearization.run import ModulePlace, Place
+from captum_globenc.linearization.watching import ModulePlace, Place
 
 #: Where the relevance of ids is read.
 TokenPlace = Literal["word_embeddings", "block"]

@@ -13,7 +13,8 @@ from captum_globenc._captum import TargetType, select_targets
 from captum_globenc.attribution.arguments import shown
 from captum_globenc.errors import InputError, is_whole
 from captum_globenc.linearization.operations import AttentionRule
-from captum_globenc.linearization.run import Place, propagate, values_at
+from captum_globenc.linearization.run import propagate, values_at
+from captum_globenc.linearization.watching import Place
 
 #: What inputs are compared with, as for Captum's integrated gradients.
 Baselines = Tensor | int | float | tuple[Tensor | int | float, ...] | None

@@ -1,0 +1,58 @@
+"""The relevance of an output is that of the inputs and of constants: a check."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from captum_globenc.errors import ConservationError
+
+
+def check_conservation(
+    selected: Tensor,
+    leaves: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    taken: Sequence[Tensor],
+    dtypes: Collection[torch.dtype],
+    where: str,
+) -> None:
+    """Raise where the relevance of the outputs is not that of inputs and constants.
+
+    Args:
+        selected (Tensor): the explained outputs, (batch).
+        leaves (sequence of Tensor): inputs and biases.
+        gradients (sequence of Tensor): theirs, by the rules.
+        taken (sequence of Tensor): relevance that ends inside, a number each.
+        dtypes (collection of torch.dtype): in which numbers the model computes.
+        where (str): where relevance may be lost, for the error.
+
+    Raises:
+        ConservationError: it is not.
+    """
+    wide = torch.float64 if selected.dtype == torch.float64 else torch.float32
+    # A mask of minus infinity is a constant without gradient.
+    parts = [
+        (g.to(wide) * v.to(wide).masked_fill(g == 0, 0)).flatten()
+        for g, v in zip(gradients, leaves)
+    ]
+    total = sum((part.sum() for part in parts), torch.zeros((), dtype=wide))
+    size = sum((part.abs().sum() for part in parts), torch.zeros((), dtype=wide))
+    kept = torch.stack([t.to(wide) for t in taken]) if taken else total.new_zeros(1)
+    output = selected.detach().to(wide)
+    error = (output.sum() - total - kept.sum()).abs()
+    size = size + kept.abs().sum() + output.abs().sum()
+    limit = max(_LIMITS.get(dtype, 0.0) for dtype in dtypes)
+    relative = float(error / size) if float(size) else 0.0
+    if not relative <= limit:
+        raise ConservationError(where, relative, limit)
+
+
+# Of the sizes of all parts of relevance: far above what rounding makes of it.
+_LIMITS = {
+    torch.float64: 1e-6,  # Models compute their softmax in float32.
+    torch.float32: 1e-5,
+    torch.float16: 1e-2,
+    torch.bfloat16: 5e-2,
+}
