@@ -134,11 +134,11 @@ class Operations(TorchFunctionMode):
         self, func: _Handler, input: Tensor, mat1: Tensor, mat2: Tensor, **kwargs: Any
     ) -> Any:
         """A bias and a product."""
-        if (is_dependent(mat1) and is_dependent(mat2)) or kwargs:
+        if is_dependent(mat1) and is_dependent(mat2):
             return self.product(func, input, mat1, mat2, **kwargs)
         if is_dependent(input):
-            return func(input, mat1, mat2)
-        result: Tensor = func(self._bias_of(mat1, input), mat1, mat2)
+            return func(input, mat1, mat2, **kwargs)
+        result: Tensor = func(self._bias_of(mat1, input), mat1, mat2, **kwargs)
         return self._of_token(result, mat1, input)
 
     def layer_norm(
@@ -298,6 +298,8 @@ class Operations(TorchFunctionMode):
 
     def product(self, func: _Handler, *args: Any, **kwargs: Any) -> Any:
         """A product over a dimension; two dependent factors get half each."""
+        # Of baddbmm and its like, named.
+        args += tuple(kwargs.pop(n) for n in _FACTORS if n in kwargs)
         summed = func.__name__ in _WITH_SUM
         factors = [i for i, arg in enumerate(args) if is_dependent(arg)]
         factors = factors[1:] if summed and 0 in factors else factors
@@ -397,6 +399,7 @@ def _tensors(values: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
+_FACTORS = ("batch1", "batch2", "mat1", "mat2")
 _WITH_SUM = {"addmm", "baddbmm", "addbmm"}
 _RULES: dict[_Handler, str] = {
     Operations.linear: "linear",

@@ -106,8 +106,9 @@ def propagate(
     _, selected = watcher.run(forward_func, arguments, select)
     if not selected.requires_grad:
         raise UnsupportedModelError(
-            "the selected output does not depend on the inputs by operations that are "
-            f"seen: {watcher.lost()}."
+            "the selected output does not depend on the inputs: "
+            f"{watcher.lost()}. Return logits where forward_func returns "
+            "probabilities: softmax is taken for attention, a constant in some methods."
         )
     leaves = [*watcher.operations.leaves.values(), *watcher.ledger.biases]
     check_graph(selected, leaves, watcher.modules())
