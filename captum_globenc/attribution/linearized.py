@@ -27,6 +27,7 @@ from captum_globenc.attribution.arguments import (
 from captum_globenc.attribution.relevance import (
     Baselines,
     Relevance,
+    check_examples,
     check_steps,
     integrated_relevance,
     relevance,
@@ -94,7 +95,7 @@ class LinearizedAttribution(Attribution):
                 the baseline.
         """
         given = attributions if isinstance(attributions, tuple) else (attributions,)
-        total = sum(part.flatten(1).sum(1) for part in given)
+        total = sum(part.reshape(output.numel(), -1).sum(1) for part in given)
         return output.flatten() - total
 
     @log_usage()
@@ -160,7 +161,7 @@ class LinearizedAttribution(Attribution):
                 target[rows]
                 if isinstance(target, list)
                 else share(target, rows, batch),
-                _rows_of(baselines, rows, batch),
+                _rows_of(baselines, rows, tensors),
                 n_steps,
                 return_convergence_delta,
             )
@@ -318,12 +319,17 @@ class LayerLinearizedAttribution(LayerAttribution):
                 n_steps,
                 return_convergence_delta,
             )
-        parts = list(found.parts)
+        parts = [part.contiguous() for part in found.parts]
+        if return_convergence_delta:
+            for part, is_turned in zip(parts, found.is_turned):
+                check_examples(part, int(is_turned), len(tensors[0]))
         deltas = [
-            self.compute_convergence_delta(part, found.output)
+            self.compute_convergence_delta(
+                part.transpose(0, 1) if is_turned else part, found.output
+            )
             if return_convergence_delta
             else found.output
-            for part in parts
+            for part, is_turned in zip(parts, found.is_turned)
         ]
         if not isinstance(self.layer, list):
             return (parts[0], deltas[0]) if return_convergence_delta else parts[0]
@@ -349,7 +355,19 @@ def _batches(batch: int, size: int | None, points: int) -> Iterator[slice]:
         yield slice(start, start + examples)
 
 
-def _rows_of(baselines: Baselines, rows: slice, batch: int) -> Baselines:
-    if isinstance(baselines, tuple):
-        return tuple(share(baseline, rows, batch) for baseline in baselines)
-    return share(baselines, rows, batch)  # type: ignore[no-any-return]
+def _rows_of(
+    baselines: Baselines, rows: slice, tensors: tuple[Tensor, ...]
+) -> Baselines:
+    """The baselines of some examples; what has no dimension of examples stays."""
+    if not isinstance(baselines, tuple):
+        return _rows_of_one(baselines, rows, tensors[0])  # type: ignore[no-any-return]
+    parts = [_rows_of_one(b, rows, t) for b, t in zip(baselines, tensors)]
+    return (*parts, *baselines[len(parts) :])
+
+
+def _rows_of_one(baseline: Any, rows: slice, tensor: Tensor) -> Any:
+    if not isinstance(baseline, Tensor):
+        return baseline
+    is_at_place = baseline.is_floating_point() and not tensor.is_floating_point()
+    has_examples = baseline.ndim == tensor.ndim + is_at_place
+    return share(baseline, rows, len(tensor)) if has_examples else baseline

@@ -104,18 +104,20 @@ def integrated_relevance(
         with_output (bool): also run its two ends, for ``output``; else it is 0.
     """
     batch = len(tensors[0])
+    is_turned = False
     if place == "inputs":
         ends, start = tensors, _given_baselines(baselines, tensors)
     else:
-        ends = (values_at(forward_func, tensors, arguments, place),)
-        start = (_start(forward_func, tensors, arguments, place, baselines, ends[0]),)
-    turned: tuple[bool, ...] = ()
+        end, is_turned = values_at(forward_func, tensors, arguments, place)
+        check_examples(end, int(is_turned), batch)
+        ends = (end,)
+        start = (_start(forward_func, tensors, arguments, place, baselines, end),)
+    dim = int(is_turned)  # Of the examples.
 
     def run(fractions: list[float]) -> tuple[tuple[Tensor, ...], Tensor]:
-        nonlocal turned
         count = len(fractions)
         points = [
-            torch.cat([b + (e - b) * f for f in fractions], _batch_dim(e, batch))
+            torch.cat([b + (e - b) * f for f in fractions], dim)
             if e.is_floating_point()
             else e.repeat(count, *[1] * (e.ndim - 1))
             for b, e in zip(start, ends)
@@ -131,20 +133,19 @@ def integrated_relevance(
             rule,
             None if place == "inputs" else points[0],
         )
-        turned = found.is_turned
         return found.gradients, found.output
 
     gradients, _ = run([(step + 0.5) / n_steps for step in range(n_steps)])
     numbers = [(b, e) for b, e in zip(start, ends) if e.is_floating_point()]
     parts = [
-        torch.stack(g.chunk(n_steps, _batch_dim(e, batch))).mean(0) * (e - b)
+        torch.stack(g.chunk(n_steps, dim)).mean(0) * (e - b)
         for g, (b, e) in zip(gradients, numbers)
     ]
     output = parts[0].new_zeros(batch)
     if with_output:
         low, high = run([0.0, 1.0])[1].chunk(2)
         output = high - low
-    return Relevance(tuple(parts), output, turned)
+    return Relevance(tuple(parts), output, (is_turned,) * len(parts))
 
 
 def check_steps(n_steps: Any, baselines: Baselines) -> None:
@@ -155,6 +156,15 @@ def check_steps(n_steps: Any, baselines: Baselines) -> None:
         raise InputError(
             f"n_steps={n_steps} needs a baseline, where the path begins: pass "
             "baselines=, such as the ids with every word replaced by the pad token."
+        )
+
+
+def check_examples(value: Tensor, dim: int, batch: int) -> None:
+    """Raise InputError where all examples share the values of a layer."""
+    if not value.ndim or value.shape[dim] % batch:
+        raise InputError(
+            f"the layer's values have shape {tuple(value.shape)}, and a part for each "
+            f"of {batch} examples is expected: pass one example at a time."
         )
 
 
@@ -185,11 +195,6 @@ def selector(target: TargetType, batch: int) -> Callable[[Tensor], Tensor]:
         return flat
 
     return select
-
-
-def _batch_dim(value: Tensor, batch: int) -> int:
-    """Some models have the tokens first."""
-    return 1 if value.shape[0] != batch and value.shape[1] == batch else 0
 
 
 def _given_baselines(
@@ -245,4 +250,10 @@ def _start(
             raise InputError(
                 f"the baseline of ids must be an id or a tensor, got {baseline!r}."
             )
-    return values_at(forward_func, _given_baselines(given, tensors), arguments, place)
+    changed = _given_baselines(given, tensors)
+    try:
+        return values_at(forward_func, changed, arguments, place)[0]
+    except IndexError as error:
+        raise InputError(
+            f"the model cannot look up the baseline {shown(baselines)}: {error}."
+        ) from error

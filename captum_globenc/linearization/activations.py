@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -26,14 +27,32 @@ def takes_one_tensor(module: nn.Module, args: tuple[Any, ...]) -> bool:
     )
 
 
+def is_known_activation(module: nn.Module, u: Tensor) -> bool:
+    """Whether a module is an activation with f(0) = 0, as its library wrote it."""
+    if not is_trusted(module) or getattr(module, "inplace", False):
+        return False
+    with torch._C.DisableTorchFunction():
+        return _slope_at_zero(module, u) is not None
+
+
 def is_trusted(module: nn.Module) -> bool:
-    """Whether a module is a known activation, as its library wrote it."""
+    """Whether a module is known to be element-wise, as its library wrote it."""
     kind = type(module)
     known = kind.__module__ in (
         "torch.nn.modules.activation",
         "transformers.activations",
     )
     return known and "forward" not in module.__dict__ and not _is_over_rows(module)
+
+
+def _slope_at_zero(module: nn.Module, u: Tensor) -> float | None:
+    # What two modules of a user are called may be the same.
+    if not is_trusted(module):
+        with suppress(Exception):
+            return slope_at_zero(module.forward, None, u.device)
+        return None
+    settings = {k: v for k, v in module.__dict__.items() if not k.startswith("_")}
+    return slope_at_zero(module.forward, (type(module), repr(settings)), u.device)
 
 
 def linearized(module: nn.Module, u: Tensor, output: Any) -> Tensor | None:
@@ -52,8 +71,7 @@ def linearized(module: nn.Module, u: Tensor, output: Any) -> Tensor | None:
     with torch._C.DisableTorchFunction():
         if not is_trusted(module) and not _is_elementwise(module, u, output):
             return None
-        key = (type(module), repr(sorted(module.__dict__.items(), key=str)))
-        limit = slope_at_zero(module.forward, key)
+        limit = _slope_at_zero(module, u)
         if limit is None:
             return None
         values = output.detach()
@@ -82,7 +100,7 @@ def _is_elementwise(module: nn.Module, u: Tensor, output: Tensor) -> bool:
     with torch.no_grad():
         try:
             alone = module.forward(u.detach().flatten()[index])
-        except (RuntimeError, IndexError, ValueError):
+        except Exception:
             return False  # It needs the shape.
     if not isinstance(alone, Tensor) or alone.shape != index.shape:
         return False

@@ -11,12 +11,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from captum_globenc.linearization.rules import slope_at_zero, through_origin
 
 _TAG = "_captum_globenc_function"
 _IN_PLACE = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"}
+# They write to a tensor, but no arithmetic's result.
+_NO_ARITHMETIC = """
+    copy_ zero_ fill_ masked_fill_ masked_scatter_ index_copy_ index_put_ index_fill_
+    scatter_ squeeze_ unsqueeze_ transpose_ t_ swapaxes_ swapdims_ resize_ set_ detach_
+    requires_grad_ share_memory_ rename_ retain_grad_
+""".split()  # noqa: SIM905
 Result = TypeVar("Result")
 
 
@@ -26,49 +33,78 @@ class Function:
 
     Args:
         root (Tensor): of what.
+        version (int): of the root: it may be written to later.
         compute (Callable): it.
     """
 
     root: Tensor
+    version: int
     compute: Callable[[Tensor], Tensor]
 
     def then(self, compute: Callable[[Tensor], Tensor]) -> Function:
         """Another function of the result."""
         inner = self.compute
-        return Function(self.root, lambda u: compute(inner(u)))
+        return Function(self.root, self.version, lambda u: compute(inner(u)))
 
-    def times(self, other: Function) -> Function | None:
-        """The product with a function of the same tensor; None: of another one."""
+    def combined(
+        self, other: Function, combine: Callable[[Tensor, Tensor], Tensor]
+    ) -> Function | None:
+        """A function of two functions of the same tensor; None: of two tensors."""
         if self.root is not other.root:
             return None
         one, two = self.compute, other.compute
-        return Function(self.root, lambda u: one(u) * two(u))
+        return Function(self.root, self.version, lambda u: combine(one(u), two(u)))
 
-    def through_origin(self, key: tuple[object, ...] | None) -> Tensor:
+    def times(self, other: Function) -> Function | None:
+        """The product with a function of the same tensor; None: of another one."""
+        return self.combined(other, torch.mul)
+
+    def through_origin(self, key: tuple[object, ...] | None) -> Tensor | None:
         """Its values, with the slope from the origin as gradient.
 
-        Where f(0) is not 0 there is no such slope, and the operations stay as they are.
+        Returns:
+            *Tensor*; None where f(0) is not 0, so that there is no such slope.
         """
-        limit = slope_at_zero(self.compute, key)
+        limit = slope_at_zero(self.compute, key, self.root.device)
         if limit is None:
-            return self.compute(self.root)
-        result = through_origin(self.root, self.compute, limit)
+            return None
+        return self.tag(through_origin(self.root, self.compute, limit))
+
+    def tag(self, result: Tensor) -> Tensor:
+        """Take note of what a tensor is."""
         setattr(result, _TAG, (self, result._version))
         return result
 
 
+def name_of(func: Callable[..., Any]) -> str:
+    """The name of an operation."""
+    return getattr(func, "__name__", "")
+
+
 def writes_in_place(func: Callable[..., Any]) -> bool:
-    """Whether an operation writes to its first argument."""
-    name = func.__name__
-    return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+    """Whether an operation writes the result of arithmetic to its first argument."""
+    name = name_of(func)
+    return name in _IN_PLACE or (
+        name.endswith("_") and not name.endswith("__") and name not in _NO_ARITHMETIC
+    )
 
 
 def function_of(value: Tensor) -> Function:
     """What is known of how a tensor was made: at least that it is itself."""
     function, version = getattr(value, _TAG, (None, 0))
-    if function is None or version != value._version:
-        return Function(value, lambda u: u)
+    if (
+        function is None
+        or version != value._version
+        or function.version != function.root._version
+    ):
+        return Function(value, value._version, lambda u: u)
     return function  # type: ignore[no-any-return]
+
+
+def forget(value: Tensor) -> Tensor:
+    """From here on it is itself: what is made of it leads through it."""
+    value.__dict__.pop(_TAG, None)
+    return value
 
 
 def tagged(
@@ -93,7 +129,7 @@ def tagged(
     others = [tensor for tensor in tensors if not tensor.requires_grad]
     if not functions or any(tensor.ndim for tensor in others):
         return result
-    root = functions[0].root
+    root, version = functions[0].root, functions[0].version
     if any(function.root is not root for function in functions):
         return result
     if root.shape != result.shape or writes_in_place(func):
@@ -109,5 +145,5 @@ def tagged(
     def compute(u: Tensor) -> Tensor:
         return func(*(part(u) for part in parts), **kwargs)  # type: ignore[no-any-return]
 
-    setattr(result, _TAG, (Function(root, compute), result._version))
+    Function(root, version, compute).tag(result)
     return result

@@ -27,16 +27,18 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from captum_globenc.errors import UnsupportedModelError
 from captum_globenc.linearization.functions import (
+    Function,
     function_of,
+    name_of,
     tagged,
     writes_in_place,
 )
-from captum_globenc.linearization.graph import is_activated
+from captum_globenc.linearization.graph import is_activated, mark_activated
 from captum_globenc.linearization.rules import (
     Ledger,
     constant,
@@ -44,7 +46,10 @@ from captum_globenc.linearization.rules import (
     normalized,
     of_token,
     share,
+    take,
+    valued,
 )
+from captum_globenc.linearization.severed import LEAVES_TORCH, SEVERS, Severed
 from captum_globenc.recording.attention import transparent
 
 #: How attention and products of two dependent factors are treated.
@@ -71,6 +76,8 @@ class Operations(TorchFunctionMode):
         self.is_of_token = False
         #: Inside of a module that is one activation as a whole.
         self.is_paused = False
+        #: Values that depend on the inputs without a gradient that says so.
+        self.severed = Severed()
 
     def __torch_function__(
         self,
@@ -86,17 +93,30 @@ class Operations(TorchFunctionMode):
         if self.is_paused:
             with torch.no_grad():
                 return func(*args, **kwargs)
+        given = args, kwargs
         args = tuple(map(self._detached, args))
         if kwargs:
             kwargs = {name: self._detached(value) for name, value in kwargs.items()}
-        handler = _HANDLERS.get(getattr(func, "__name__", ""))
-        if handler is None:
-            return func(*args, **kwargs)
-        return handler(self, func, *args, **kwargs)
+        name = name_of(func)
+        if name in LEAVES_TORCH and is_dependent(args[0]):
+            args = (args[0].detach(), *args[1:])  # As it can be without gradients.
+        handler: _Handler = _HANDLERS.get(name, _as_it_is)
+        if name[-1:] == "_" and writes_in_place(func) and any(map(is_dependent, args)):
+            # The rule is for a copy, whose result is then written to the tensor.
+            copy = function_of(args[0]).tag(args[0].clone())
+            changed = handler(self, func, copy, *args[1:], **kwargs)
+            result = self._written(args[0], changed)
+        else:
+            result = handler(self, func, *args, **kwargs)
+        if self.severed.is_active or name in SEVERS:
+            self.severed.follow(func, *given, result)
+        return result
 
     def _detached(self, value: Any) -> Any:
         """An argument without the gradient of anything but the explained inputs."""
         if isinstance(value, Tensor):
+            if value.is_inference():
+                return value.detach().clone()  # Autograd takes no others.
             if value.requires_grad and value.is_leaf and id(value) not in self.leaves:
                 return value.detach()
         elif type(value) in (tuple, list):
@@ -156,6 +176,11 @@ class Operations(TorchFunctionMode):
         def compute(x: Tensor, bias: Tensor | None = bias) -> Tensor:
             return func(x, normalized_shape, weight, bias, eps, *rest)  # type: ignore[no-any-return]
 
+        if is_dependent(weight):
+            raise UnsupportedModelError(
+                "the weight of a LayerNorm depends on the inputs, and there is no rule "
+                "for that here: multiply by it after the norm."
+            )
         if not is_dependent(input):
             return compute(input)
         dims = tuple(range(-len(normalized_shape), 0))
@@ -197,16 +222,35 @@ class Operations(TorchFunctionMode):
         """An element-wise function f with f(0) = 0."""
         if not is_dependent(input):
             return func(input, *args, **kw)
-        in_place = kw.get("inplace") or writes_in_place(func)
-        u = input.clone() if in_place else input
+        in_place = kw.get("inplace") or any(arg is True for arg in args)
+        copies = in_place or writes_in_place(func)
 
         def compute(u: Tensor) -> Any:
-            return func(u.clone() if in_place else u, *args, **kw)
+            return func(u.clone() if copies else u, *args, **kw)
 
+        result = self._through_origin(input, compute, (func, repr(args), repr(kw)))
+        return self._written(input, result) if in_place else result
+
+    def _written(self, target: Tensor, result: Tensor) -> Tensor:
+        """A tensor that takes the values of another and its gradient."""
+        is_gate = is_activated(result)
+        target.copy_(result)
+        return mark_activated(target) if is_gate else target
+
+    def _through_origin(
+        self, u: Tensor, compute: _Handler, key: tuple[object, ...] | None
+    ) -> Tensor:
+        """An activation, as a whole with what it is written out with, or by itself.
+
+        Where there is no line through the origin, it is what it is, and so is what the
+        graph's check then says.
+        """
+        alone = Function(u, u._version, compute)
         whole = function_of(u).then(compute)
-        key = (func, repr(args), repr(kw)) if whole.root is u else None
-        result = whole.through_origin(key)
-        return _written(input, result) if in_place else result
+        result = whole.through_origin(key if whole.root is u else None)
+        if result is None and whole.root is not u:
+            result = alone.through_origin(key)
+        return whole.tag(compute(u) if result is None else result)
 
     def element_wise(
         self, func: _Handler, input: Any, *args: Any, **kwargs: Any
@@ -216,16 +260,22 @@ class Operations(TorchFunctionMode):
         return tagged(result, func, (input, *args), kwargs)
 
     def power(self, func: _Handler, input: Any, exponent: Any) -> Any:
-        """A square or root of a deviation, or a part of an activation."""
-        result = func(input, exponent)
-        if is_dependent(result) and isinstance(exponent, float | int):
-            if abs(exponent) < 1:
-                return result.detach()
-            return tagged(result, func, (input, exponent), {})
-        return result
+        """A root of a deviation, or an activation."""
+        if not is_dependent(input) or not isinstance(exponent, float | int):
+            return func(input, exponent)
+        if abs(exponent) < 1:
+            return func(input, exponent).detach()
+        return self.activation(func, input, exponent)
 
     def divided(self, func: _Handler, input: Any, other: Any, **kwargs: Any) -> Any:
-        """A quotient; the divisor is a constant."""
+        """A quotient by a constant, or an activation that is written out."""
+        if is_dependent(input) and is_dependent(other):
+            whole = function_of(input).combined(
+                function_of(other), lambda one, two: torch.div(one, two, **kwargs)
+            )
+            result = None if whole is None else whole.through_origin(None)
+            if result is not None:
+                return result
         result = func(input, other, **kwargs)
         return tagged(result, func, (input, other), kwargs)
 
@@ -284,33 +334,37 @@ class Operations(TorchFunctionMode):
             result = func(input, other, **kwargs)
             return tagged(result, func, (input, other), kwargs)
         whole = function_of(input).times(function_of(other))
-        if whole is not None:
-            result = whole.through_origin(None)
-        elif self.rule == "attnlrp":
-            result = torch.mul(share(input, 0.5), share(other, 0.5))
-        elif is_activated(input) and not is_activated(other):
-            result = torch.mul(input.detach(), other)
-        elif is_activated(other) and not is_activated(input):
-            result = torch.mul(input, other.detach())
-        else:
-            return func(input, other, **kwargs)  # The graph's check refuses it.
-        return _written(input, result) if writes_in_place(func) else result
+        result = None if whole is None else whole.through_origin(None)
+        if result is not None:
+            return result
+        if whole is None and self.rule == "attnlrp":
+            return torch.mul(share(input, 0.5), share(other, 0.5))
+        if self.rule == "cp" and is_activated(input) != is_activated(other):
+            if is_activated(input):
+                return torch.mul(input.detach(), other)
+            return torch.mul(input, other.detach())
+        # Unless it is a part of an activation, the graph's check refuses it.
+        return tagged(func(input, other, **kwargs), func, (input, other), kwargs)
 
     def product(self, func: _Handler, *args: Any, **kwargs: Any) -> Any:
         """A product over a dimension; two dependent factors get half each."""
-        # Of baddbmm and its like, named.
-        args += tuple(kwargs.pop(n) for n in _FACTORS if n in kwargs)
-        summed = func.__name__ in _WITH_SUM
-        factors = [i for i, arg in enumerate(args) if is_dependent(arg)]
-        factors = factors[1:] if summed and 0 in factors else factors
-        given = list(args)
+        given: dict[int | str, Any] = dict(enumerate(args))
+        given.update(kwargs)
+        factors = [key for key, value in given.items() if is_dependent(value)]
+        if name_of(func) in _WITH_SUM:
+            summand = 0 if args else "input"
+            if factors:
+                given[summand] = self._part(given[summand])
+            factors = [key for key in factors if key != summand]
         # Three factors are no such product: the graph's check refuses them.
         if self.rule == "attnlrp" and len(factors) == 2:
-            for index in factors:
-                given[index] = share(args[index], 0.5)
-        if summed and factors:
-            given[0] = self._part(given[0])
-        return func(*given, **kwargs)
+            for key in factors:
+                given[key] = share(given[key], 0.5)
+        count = len(args)
+        return func(
+            *(given[index] for index in range(count)),
+            **{key: given[key] for key in kwargs},
+        )
 
     def einsum(self, func: _Handler, equation: Any, *operands: Any) -> Any:
         """A product of several tensors."""
@@ -322,31 +376,74 @@ class Operations(TorchFunctionMode):
 
         return self.product(functools.wraps(func)(einsum), *operands)
 
-    def added(self, func: _Handler, first: Any, other: Any, **kwargs: Any) -> Any:
+    def cosine(
+        self, func: _Handler, x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8
+    ) -> Tensor:
+        """A product of two normed vectors, whose norms are constants."""
+        result: Tensor = func(x1, x2, dim, eps)
+        if not is_dependent(result):
+            return result
+        value = result.detach()
+        with self:
+            ones = [nn.functional.normalize(x, dim=dim, eps=eps) for x in (x1, x2)]
+            return valued(value, (ones[0] * ones[1]).sum(dim))
+
+    def added(self, func: _Handler, input: Any, other: Any, **kwargs: Any) -> Any:
         """A sum; a constant in it takes relevance."""
-        if not is_dependent(first) and not is_dependent(other):
-            return func(first, other, **kwargs)
-        given = (first, other)
-        if not writes_in_place(func) or is_dependent(first):
-            given = (self._summand(first, other), self._summand(other, first))
-        result = tagged(func(*given, **kwargs), func, (first, other), kwargs)
-        is_bias = is_dependent(first) and not is_dependent(other)
-        if is_bias and func.__name__ in ("add", "__add__"):
-            return self._of_token(result, first, given[1])
+        if not is_dependent(input) and not is_dependent(other):
+            return func(input, other, **kwargs)
+        given = [self._part(input), self._part(other)]
+        if writes_in_place(func) and not is_dependent(input):
+            given[0] = given[0].clone()  # Such a part is a leaf.
+        result = func(*given, **kwargs)
+        numbers = [isinstance(value, Tensor) for value in (input, other)]
+        if not all(numbers):
+            # As they are: as tensors of half precision they would be rounded.
+            zero = torch.zeros((), dtype=torch.float64)
+            part = func(
+                zero if numbers[0] else input, zero if numbers[1] else other, **kwargs
+            )
+            take(result, part, self.ledger)
+        result = tagged(result, func, (input, other), kwargs)
+        is_bias = is_dependent(input) and isinstance(other, Tensor)
+        if is_bias and not is_dependent(other) and name_of(func) in ("add", "__add__"):
+            return self._of_token(result, input, other)
         return result
 
     def joined(self, func: _Handler, *args: Any, **kwargs: Any) -> Any:
         """Parts put together; a constant among them takes relevance."""
-        if any(map(is_dependent, _tensors(args))):
+        if any(map(is_dependent, _tensors((*args, *kwargs.values())))):
             args = tuple(map(self._part, args))
+            kwargs = {name: self._part(value) for name, value in kwargs.items()}
         return func(*args, **kwargs)
+
+    def written(self, func: _Handler, input: Tensor, index: Any, value: Any) -> None:
+        """A part of a tensor that is written over; a constant takes relevance."""
+        if is_dependent(value) and not is_dependent(input):
+            rest = input.clone()
+            rest[index] = 0
+            func(input, index, value)
+            take(input, rest, self.ledger)
+            return
+        if is_dependent(input) and not is_dependent(value):
+            value = torch.as_tensor(value, dtype=input.dtype, device=input.device)
+            value = self._part(value)
+        func(input, index, value)
 
     def batch_norm(self, func: _Handler, input: Tensor, *args: Any, **kw: Any) -> Any:
         """A norm with fixed statistics."""
         result = func(input, *args, **kw)
         if not is_dependent(input):
             return result
-        return constant(result, func(torch.zeros_like(input), *args, **kw), self.ledger)
+        is_training = kw.get("training", args[4] if len(args) > 4 else False)
+        if is_training or name_of(func) == "instance_norm":
+            raise UnsupportedModelError(
+                f"there is no rule for {name_of(func)} with the statistics of its "
+                "input: LayerNorm, RMSNorm and batch norms with running statistics are "
+                "known."
+            )
+        at_zero = func(torch.zeros_like(input), *args, **kw)
+        return constant(result, at_zero, self.ledger)
 
     def multi_head(self, func: _Handler, *args: Any, **kwargs: Any) -> Any:
         """Functions of torch that are written in Python, seen from inside."""
@@ -354,16 +451,12 @@ class Operations(TorchFunctionMode):
             return transparent(func)(*args, **kwargs)
 
     def clamp(self, func: _Handler, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Values that are kept within the dtype's range, which changes none."""
-        result = func(input, *args, **kwargs)
-        if is_dependent(input) and torch.equal(result, input):
-            return share(input, 1)
-        return result
-
-    def _summand(self, value: Any, beside: Any) -> Any:
-        if not isinstance(value, Tensor):
-            value = torch.as_tensor(value, dtype=beside.dtype, device=beside.device)
-        return self._part(value)
+        """Values that are kept within a range: often it changes none."""
+        with torch.no_grad():
+            is_same = torch.equal(func(input.clone(), *args, **kwargs), input)
+        if is_same:
+            return input.clone()
+        return self.activation(func, input, *args, **kwargs)
 
     def _part(self, value: Any) -> Any:
         if type(value) in (tuple, list):
@@ -381,10 +474,8 @@ def is_dependent(value: Any) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and value.requires_grad
 
 
-def _written(target: Tensor, result: Tensor) -> Tensor:
-    """The result of an operation that writes to its first argument."""
-    target.detach().copy_(result.detach())
-    return result
+def _as_it_is(_: Operations, func: _Handler, *args: Any, **kwargs: Any) -> Any:
+    return func(*args, **kwargs)
 
 
 def _wide(value: Tensor) -> Tensor:
@@ -399,7 +490,6 @@ def _tensors(values: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-_FACTORS = ("batch1", "batch2", "mat1", "mat2")
 _WITH_SUM = {"addmm", "baddbmm", "addbmm"}
 _RULES: dict[_Handler, str] = {
     Operations.linear: "linear",
@@ -409,17 +499,21 @@ _RULES: dict[_Handler, str] = {
     Operations.addmm: "addmm",
     Operations.layer_norm: "layer_norm",
     Operations.rms_norm: "rms_norm",
-    Operations.batch_norm: "batch_norm",
+    Operations.batch_norm: "batch_norm instance_norm",
     Operations.deviation: (
         "rsqrt sqrt std var std_mean var_mean norm vector_norm linalg_vector_norm "
         "linalg_norm"
     ),
     Operations.activation: (
         "gelu silu relu tanh relu6 elu selu celu leaky_relu mish hardswish softsign "
-        "tanhshrink hardtanh erf relu_ tanh_ elu_ leaky_relu_ celu_ selu_ hardtanh_"
+        "tanhshrink hardtanh erf special_erf square abs absolute __abs__ square_ abs_ "
+        "relu_ tanh_ elu_ leaky_relu_ celu_ selu_ hardtanh_"
     ),
-    Operations.element_wise: "sigmoid exp softplus __neg__ neg negative square",
-    Operations.power: "pow __pow__",
+    Operations.element_wise: (
+        "clone sigmoid special_expit exp expm1 log1p softplus __neg__ neg negative "
+        "reciprocal __rdiv__ __rtruediv__"
+    ),
+    Operations.power: "pow __pow__ pow_ __ipow__",
     Operations.softmax: "softmax",
     Operations.sdpa: "scaled_dot_product_attention",
     Operations.multiplied: "mul __mul__ __rmul__ multiply mul_ __imul__",
@@ -430,9 +524,15 @@ _RULES: dict[_Handler, str] = {
         "add __add__ __radd__ add_ __iadd__ sub __sub__ __rsub__ rsub sub_ __isub__ "
         "subtract"
     ),
-    Operations.joined: "cat concat concatenate stack where hstack vstack",
+    Operations.joined: (
+        "cat concat concatenate stack where hstack vstack maximum minimum fmax fmin"
+    ),
+    Operations.written: "__setitem__",
+    Operations.cosine: "cosine_similarity",
     Operations.multi_head: "multi_head_attention_forward normalize",
-    Operations.clamp: "clamp clamp_ clip",
+    Operations.clamp: (
+        "clamp clamp_ clip clip_ clamp_min clamp_min_ clamp_max clamp_max_"
+    ),
 }
 _HANDLERS: dict[str, _Handler] = {
     name: rule for rule, names in _RULES.items() for name in names.split()

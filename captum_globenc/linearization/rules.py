@@ -116,23 +116,48 @@ def replaced(value: Tensor, by: Tensor, ledger: Ledger) -> Tensor:
         return _Replaced.apply(value, by, ledger)  # type: ignore[no-any-return, no-untyped-call]
 
 
+def valued(value: Tensor, same: Tensor) -> Tensor:
+    """A value that something else has computed; gradients go where ``same`` is from.
+
+    Args:
+        value (Tensor): a constant.
+        same (Tensor): the same up to rounding.
+    """
+    return _Valued.apply(same, value)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def take(result: Tensor, part: Tensor, ledger: Ledger) -> None:
+    """Put down the relevance of this constant part of a sum.
+
+    Args:
+        result (Tensor): the sum, as it is now.
+        part (Tensor): what broadcasts to its shape.
+        ledger (Ledger): of the run.
+    """
+    result.register_hook(lambda g: ledger.taken.append(_relevance(g, part)))
+
+
 def slope_at_zero(
-    compute: Callable[[Tensor], Tensor], key: tuple[object, ...] | None
+    compute: Callable[[Tensor], Tensor],
+    key: tuple[object, ...] | None,
+    device: torch.device | None = None,
 ) -> float | None:
     """f'(0), the limit of f(u) / u; None where f(0) is not 0, so that there is none.
 
     Args:
         compute (Callable): u → f(u).
         key (tuple or None): names the function, whose slope is then kept.
+        device (torch.device, optional): where it can be computed. Default: the CPU.
     """
     if key is not None and key in _SLOPES_AT_ZERO:
         return _SLOPES_AT_ZERO[key]
     with torch.enable_grad():
-        u = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+        u = torch.zeros(1, dtype=torch.float64, device=device, requires_grad=True)
         y = compute(u)
-        (slope,) = torch.autograd.grad(y.sum(), u)
-    is_at_origin = y.item() == 0 and math.isfinite(slope.item())
-    limit = slope.item() if is_at_origin else None
+        limit = None
+        if y.numel() == 1 and y.item() == 0 and y.requires_grad:
+            (slope,) = torch.autograd.grad(y.sum(), u)
+            limit = slope.item() if math.isfinite(slope.item()) else None
     if key is not None:
         _SLOPES_AT_ZERO[key] = limit
     return limit
@@ -271,3 +296,27 @@ class _Replaced(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         ctx.ledger.taken.append(_relevance(gradient, *ctx.saved_tensors))
         return gradient, None, None
+
+
+class _Valued(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, same: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return gradient, None
+
+
+def _node_of(function: type[torch.autograd.Function]) -> type:
+    return function._backward_cls
+
+
+#: Kinds of nodes in the graph of a run, by the function above that makes them.
+SHARE, ENTRY, SLOPE = map(_node_of, (_Share, _Entry, _Slope))
+OWN = frozenset(
+    map(
+        _node_of,
+        (_Share, _Entry, _Slope, _Norm, _OfToken, _Constant, _Replaced, _Valued),
+    )
+)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import disable_saved_tensors_hooks, get_gradient_edge
+from torch.utils.checkpoint import CheckpointError
 
 from captum_globenc.errors import (
     ConservationError,
@@ -18,11 +20,12 @@ from captum_globenc.errors import (
     UnsupportedModelError,
 )
 from captum_globenc.linearization.activations import (
-    is_trusted,
+    is_known_activation,
     linearized,
     takes_one_tensor,
 )
-from captum_globenc.linearization.graph import check_graph
+from captum_globenc.linearization.functions import forget
+from captum_globenc.linearization.graph import check_graph, goes_around
 from captum_globenc.linearization.operations import AttentionRule, Operations
 from captum_globenc.linearization.rules import Ledger, replaced
 from captum_globenc.recording.compiled import ignore_compiler_warning, uncompiled
@@ -103,33 +106,44 @@ def propagate(
         NonFiniteActivationError: NaN or infinity in the output.
     """
     watcher = _Watcher(inputs, places, rule, points, keeps_own_biases)
-    _, selected = watcher.run(forward_func, arguments, select)
-    if not selected.requires_grad:
-        raise UnsupportedModelError(
-            "the selected output does not depend on the inputs: "
-            f"{watcher.lost()}. Return logits where forward_func returns "
-            "probabilities: softmax is taken for attention, a constant in some methods."
+    try:
+        _, selected = watcher.run(forward_func, arguments, select)
+        found = watcher.read()
+        if not selected.requires_grad:
+            raise UnsupportedModelError(
+                "the selected output does not depend on the inputs: "
+                f"{watcher.lost()}. Return logits where forward_func returns "
+                "probabilities: softmax is taken for attention, a constant in some "
+                "methods."
+            )
+        leaves = [*watcher.operations.leaves.values(), *watcher.ledger.biases]
+        check_graph(selected, leaves, watcher.modules())
+        watcher.check_block(selected)
+        read = [*(at.edge for at in found), *leaves]
+        with _explained():
+            gradients = torch.autograd.grad(selected.sum(), read, allow_unused=True)
+        values = [*(at.value for at in found), *leaves]
+        gradients = tuple(
+            torch.zeros_like(value) if gradient is None else gradient
+            for value, gradient in zip(values, gradients)
         )
-    leaves = [*watcher.operations.leaves.values(), *watcher.ledger.biases]
-    check_graph(selected, leaves, watcher.modules())
-    read = [*watcher.read(), *leaves]
-    gradients = torch.autograd.grad(selected.sum(), read, allow_unused=True)
-    gradients = tuple(
-        torch.zeros_like(value) if gradient is None else gradient
-        for value, gradient in zip(read, gradients)
-    )
-    count = len(places) if "inputs" not in places else len(watcher.read())
-    bottom = len(watcher.read())
-    with torch.no_grad():
-        _check_conservation(
-            selected, read[bottom:], gradients[bottom:], watcher.ledger.taken, watcher
-        )
-        return Propagation(
-            selected.detach(),
-            tuple(value.detach() for value in read[:count]),
-            gradients[:count],
-            tuple(watcher.turned),
-        )
+        bottom = len(found)
+        with torch.no_grad():
+            _check_conservation(
+                selected,
+                leaves,
+                gradients[bottom:],
+                watcher.ledger.taken,
+                watcher,
+            )
+            return Propagation(
+                selected.detach(),
+                tuple(at.value.detach() for at in found),
+                gradients[:bottom],
+                tuple(at.is_turned for at in found),
+            )
+    finally:
+        watcher.close()
 
 
 @torch.inference_mode(False)
@@ -138,8 +152,8 @@ def values_at(
     inputs: tuple[Tensor, ...],
     arguments: tuple[Any, ...],
     place: Place,
-) -> Tensor:
-    """What is at a place; the run ends there.
+) -> tuple[Tensor, bool]:
+    """What is at a place, and whether it has (tokens, batch, ...); the run ends there.
 
     Args:
         forward_func (Callable): as for :func:`propagate`.
@@ -148,9 +162,56 @@ def values_at(
         place (str or ModulePlace): which.
     """
     watcher = _Watcher(inputs, [place], "cp", None, ends_there=True)
-    with suppress(_Found):
-        watcher.run(forward_func, arguments, lambda output: output)
-    return watcher.read()[0].detach()
+    try:
+        with suppress(_Found):
+            watcher.run(forward_func, arguments, lambda output: output)
+        (found,) = watcher.read()
+        return found.value.detach(), found.is_turned
+    finally:
+        watcher.close()
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """What torch says of in-place operations and checkpoints, as an error of ours."""
+    try:
+        yield
+    except RuntimeError as error:
+        if _CHECKPOINT in str(error) or isinstance(error, CheckpointError):
+            raise UnsupportedModelError(_CHECKPOINT) from error
+        if not any(words in str(error) for words in _IN_PLACE):
+            raise
+        raise UnsupportedModelError(
+            "the model writes to a tensor that the backward pass needs, and a new "
+            f"tensor is expected there. Torch says: {error}"
+        ) from error
+
+
+_CHECKPOINT = (
+    "the model computes a part a second time in the backward pass, or keeps values for "
+    "it in a way of its own (torch.utils.checkpoint, saved_tensors_hooks), and that is "
+    "not seen: turn checkpointing off."
+)
+_IN_PLACE = (
+    "modified by an inplace operation",
+    "modified inplace",
+    "in-place operation",
+)
+
+
+@dataclass(frozen=True)
+class _At:
+    """What was at a place when it was come to.
+
+    Args:
+        value (Tensor): the values.
+        edge (Tensor or GradientEdge): where their gradient arrives.
+        is_turned (bool): whether it has (tokens, batch, ...).
+    """
+
+    value: Tensor
+    edge: Any
+    is_turned: bool = False
 
 
 class _Found(BaseException):
@@ -170,41 +231,49 @@ class _Watcher:
         ends_there: bool = False,
     ) -> None:
         self.ledger = Ledger()
+        #: In which numbers modules compute.
+        self.dtypes: set[torch.dtype] = set()
         self.operations = _Lookups(rule, self.ledger, self)
-        self.turned: list[bool] = []
         self._places = list(places)
         self._points = points
         self._keeps_own_biases = keeps_own_biases
         self._ends_there = ends_there
-        self._found: dict[Place, Tensor] = {}
+        self._found: dict[Place, _At] = {}
         self._thread = threading.get_ident()
         self._undo = ExitStack()
         self._roots: list[nn.Module] = []
-        self._depth = 0
         self._searched: set[nn.Module] = set()
         self._stacked: set[nn.Module] = set()
+        # A layer that is called with keywords: they are seen when it ends.
+        self._first_layer: nn.Module | None = None
+        self._begun: dict[nn.Module, int] = {}
+        self._has_tokens_first = False
         self._tables: set[int] = set()
         self._nodes: dict[Any, nn.Module] = {}
         self._losing: list[nn.Module] = []
         self._shape: tuple[int, int] = (0, 0)
-        self._block_turned = False
-        self._lookup_turned = False
+        self._lookup_turned: bool | None = None
         self._has_leaf = False
-        #: In which numbers modules compute.
-        self.dtypes: set[torch.dtype] = set()
         self.inputs = self._prepared(inputs)
 
     def _prepared(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Inputs of which the numbers are leaves."""
+        """Inputs whose numbers depend on leaves, without being one: code writes to it.
+
+        It does so to the caller's tensors, without gradients.
+        """
         self._given = inputs
+        self._leaves: list[Tensor] = []
         result = []
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), torch.enable_grad():
             for tensor in inputs:
                 tensor = tensor.detach()
                 tensor = tensor.clone() if tensor.is_inference() else tensor
                 if tensor.is_floating_point():
                     tensor = tensor.requires_grad_()
                     self.operations.leaves[id(tensor)] = tensor
+                    self._leaves.append(tensor)
+                    self.dtypes.add(tensor.dtype)
+                    tensor = tensor.clone()
                 result.append(tensor)
         return tuple(result)
 
@@ -223,6 +292,9 @@ class _Watcher:
             undo.enter_context(torch.inference_mode(False))
             undo.enter_context(torch.enable_grad())
             undo.enter_context(hooked(self._enter, self._leave))
+            undo.enter_context(_explained())
+            with suppress(RuntimeError):  # The caller has some.
+                undo.enter_context(disable_saved_tensors_hooks(_CHECKPOINT))
             arguments = tuple(map(_countable, arguments))
             with self.operations:
                 output = output_tensor(forward_func(*inputs, *arguments))
@@ -238,21 +310,25 @@ class _Watcher:
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         if self._is_elsewhere():
             return None
-        if not self._depth:
+        if module not in self._searched:
             self._roots.append(module)
             self._undo.enter_context(evaluating(module))
             self._undo.enter_context(uncompiled(module))
-        self._depth += 1
-        self._leave_inference_mode()
-        self._search(module)
-        if takes_one_tensor(module, args) and is_trusted(module):
-            self.operations.is_paused = True
+            self._search(module)
+        self.leave_inference_mode()
+        self.operations.is_paused = takes_one_tensor(
+            module, args
+        ) and is_known_activation(module, args[0])
         for place in self._places:
             if self._is_input_of(module, place) and place not in self._found:
                 index = next((i for i, a in enumerate(args) if _is_number(a)), None)
-                if index is not None:
-                    given = self._at(place, args[index])
-                    self._note_block(place, module, given)
+                if place == "block":
+                    self.operations.is_of_token = self._keeps_own_biases
+                    self._first_layer = module if index is None else None
+                if index is None:
+                    self._begun[module] = _sequence_number()
+                else:
+                    given = self._at(place, args[index], module)
                     return (*args[:index], given, *args[index + 1 :])
         return None
 
@@ -261,7 +337,6 @@ class _Watcher:
     ) -> Any:
         if self._is_elsewhere():
             return None
-        self._depth -= 1
         self.operations.is_paused = False
         changed = None
         if takes_one_tensor(module, args):
@@ -269,18 +344,17 @@ class _Watcher:
             output = output if changed is None else changed
         first = _first_number(output)
         for place in self._places:
-            if not isinstance(place, ModulePlace) or place.module is not module:
-                continue
-            if place.is_input and place not in self._found:
-                given = _first_number([*args, *kwargs.values()])
-                if given is None or self._points is not None:
-                    raise _no_tensor(module, "is given by position")
-                self._at(place, given)
-            elif not place.is_input:
-                if first is None:
-                    raise _no_tensor(module, "comes out of it")
-                first = self._at(place, first)
-                output = changed = _with_first(output, first)
+            if isinstance(place, ModulePlace) and place.module is module:
+                if not place.is_input:
+                    if first is None:
+                        raise _no_tensor(module, "comes out of it")
+                    first = self._at(place, first, module)
+                    output = changed = _with_first(output, first)
+                elif place not in self._found:
+                    self._at_keyword(place, module, kwargs)
+            elif place == "block" and self._first_layer is module:
+                self._first_layer = None
+                self._at_keyword(place, module, kwargs)
         if first is not None:
             self.dtypes.add(first.dtype)
             if first.grad_fn is not None:
@@ -292,15 +366,14 @@ class _Watcher:
     def _is_elsewhere(self) -> bool:
         return torch.compiler.is_compiling() or threading.get_ident() != self._thread
 
-    def _leave_inference_mode(self) -> None:
+    def leave_inference_mode(self) -> None:
+        """Its tensors have no gradients."""
         if torch.is_inference_mode_enabled():
             self._undo.enter_context(torch.inference_mode(False))
             torch._C._set_grad_enabled(True)
 
     def _search(self, module: nn.Module) -> None:
         """Find tables of tokens and stacks of layers."""
-        if module in self._searched:
-            return
         parts = list(module.modules())
         self._searched.update(parts)
         for part in parts:
@@ -309,49 +382,87 @@ class _Watcher:
                 # Models of images have none.
                 with suppress(AttributeError, NotImplementedError, TypeError):
                     self._tables.add(id(table().weight))
-            if isinstance(part, nn.ModuleList):
-                self._stacked.update(part)
+            if _is_stack(part):
+                self._stacked.update(part.children())
+            if getattr(part, "batch_first", None) is False:
+                self._has_tokens_first = True
 
     def _is_input_of(self, module: nn.Module, place: Place) -> bool:
         if isinstance(place, ModulePlace):
             return place.is_input and place.module is module
-        return place == "block" and self._has_leaf and module in self._stacked
+        is_sought = place == "block" and self._has_leaf and self._first_layer is None
+        return is_sought and module in self._stacked
 
-    def _note_block(self, place: Place, layer: nn.Module, hidden: Tensor) -> None:
-        if place != "block":
-            return
+    def _is_turned(self, place: Place, module: nn.Module, value: Tensor) -> bool:
+        """Whether the tokens are in front of the examples, where they are two."""
+        if value.ndim < 2:
+            return False
         batch, tokens = self._shape
-        turned = self._lookup_turned if batch == tokens else None
-        is_first = getattr(getattr(layer, "self_attn", None), "batch_first", None)
-        if is_first is not None:
-            turned = not is_first
-        if turned is None:
-            turned = tuple(hidden.shape[:2]) == (tokens, batch)
-        self._block_turned = turned
-        shape = (tokens, batch) if turned else (batch, tokens)
-        if tuple(hidden.shape[:2]) != shape:
+        rows, columns = value.shape[:2]
+        if isinstance(place, ModulePlace):
+            batch = len(self._given[0])
+            if columns != batch:
+                return False
+            if self._lookup_turned is None:
+                return rows % batch != 0 or (self._has_tokens_first and rows != batch)
+            return self._lookup_turned
+        if (rows, columns) != (batch, tokens) and (rows, columns) != (tokens, batch):
             raise UnsupportedModelError(
-                f"the input of the first layer, {type(layer).__name__}, has shape "
-                f"{tuple(hidden.shape)}, and a vector for each of {batch} by {tokens} "
+                f"the input of the first layer, {type(module).__name__}, has shape "
+                f"{tuple(value.shape)}, and a vector for each of {batch} by {tokens} "
                 'tokens is expected: use place="word_embeddings".'
             )
-        self.operations.is_of_token = self._keeps_own_biases
+        is_first = getattr(getattr(module, "self_attn", None), "batch_first", None)
+        if is_first is not None:
+            return not is_first
+        if batch == tokens:
+            return bool(self._lookup_turned)
+        return (rows, columns) == (tokens, batch)
 
     # Places
 
-    def _at(self, place: Place, value: Tensor) -> Tensor:
+    def _at(self, place: Place, value: Tensor, module: nn.Module) -> Tensor:
         """What is handed on at a place."""
         if place in self._found and isinstance(place, ModulePlace):
             raise InputError(
                 f"layer {type(place.module).__name__} runs several times in one "
                 "forward pass, so that its values are not one place."
             )
-        if self._points is not None:
-            value = replaced(value, self._points.to(value), self.ledger)
-        self._found[place] = value
+        is_turned = self._is_turned(place, module, value)
+        with torch._C.DisableTorchFunction():
+            if self._points is not None:
+                value = replaced(value, self._points.to(value), self.ledger)
+            elif not value.requires_grad or _is_parameter(value):
+                leaf = value.detach().clone().requires_grad_()
+                self.operations.leaves[id(leaf)] = leaf
+                value = leaf.clone()
+            forget(value)
+            # Code may write to it later.
+            values, edge = value.detach().clone(), get_gradient_edge(value)
+        self._found[place] = _At(values, edge, is_turned)
         if self._ends_there:
             raise _Found
         return value
+
+    def _at_keyword(
+        self, place: Place, module: nn.Module, kwargs: dict[str, Any]
+    ) -> None:
+        """Note a module's input that was given by name, now that it has run."""
+        given = kwargs.get("hidden_states")
+        if not _is_number(given):
+            given = next((v for v in kwargs.values() if _is_dependent(v)), None)
+        if given is None or (place == "block" and not given.requires_grad):
+            raise _no_tensor(module, "depends on the inputs")
+        node = given.grad_fn
+        is_written = node is not None and node._sequence_nr() > self._begun[module]
+        if is_written or self._points is not None:
+            raise UnsupportedModelError(
+                f"the input of {type(module).__name__} is given by name, so that it is "
+                f"seen when the module has run, and it is "
+                f"{'written to' if is_written else 'to be replaced'}: use the output "
+                'of the module before it, or place="word_embeddings".'
+            )
+        self._at(place, given, module)
 
     def look_up(self, ids: Tensor, weight: Tensor, result: Tensor) -> Tensor:
         """The embeddings that a lookup gave: a leaf, where it is that of the inputs."""
@@ -361,10 +472,11 @@ class _Watcher:
         if given.is_floating_point() or ids.numel() != given.numel():
             return result
         same = torch.equal(ids.flatten(), given.to(ids.device).flatten())
-        turned = not same and given.ndim == 2 and torch.equal(ids, given.mT.to(ids))
+        turned = given.ndim == 2 and torch.equal(ids, given.mT.to(ids))
+        turned = turned and (not same or ids.shape != given.shape)
         if not same and not turned:
             return result
-        self._lookup_turned = turned
+        self._lookup_turned = bool(turned)
         self._shape = (given.shape[:-1].numel(), given.shape[-1])
         if self._has_leaf:
             raise UnsupportedModelError(
@@ -378,28 +490,51 @@ class _Watcher:
         leaf = leaf.clone().requires_grad_()
         self.operations.leaves[id(leaf)] = leaf
         if "word_embeddings" in self._places:
-            self._found["word_embeddings"] = leaf
+            self._found["word_embeddings"] = _At(leaf, leaf, self._lookup_turned)
             if self._ends_there:
                 raise _Found
         return leaf.clone()  # The model may write to it.
 
-    def read(self) -> list[Tensor]:
-        """The tensors at the places, in their order."""
-        result: list[Tensor] = []
-        self.turned = []
+    def read(self) -> list[_At]:
+        """What is at the places, in their order."""
+        result: list[_At] = []
         for place in self._places:
             if place == "inputs":
-                numbers = [t for t in self.inputs if t.is_floating_point()]
-                result += numbers
-                self.turned += [False] * len(numbers)
-                continue
-            if place not in self._found:
+                result += [_At(leaf, leaf) for leaf in self._leaves]
+            elif place in self._found:
+                result.append(self._found[place])
+            else:
                 raise self._not_found(place)
-            result.append(self._found[place])
-            is_turned = {"block": self._block_turned}
-            is_turned["word_embeddings"] = self._lookup_turned
-            self.turned.append(is_turned[place] if isinstance(place, str) else False)
         return result
+
+    def check_block(self, selected: Tensor) -> None:
+        """Raise where more leads from the word embeddings to the output than a place.
+
+        Then the place is not the output of the embedding block.
+        """
+        at = self._found.get("block")
+        if at is None or at.edge.node is None:
+            return
+        leaves = [
+            leaf
+            for leaf in self.operations.leaves.values()
+            if not any(leaf is given for given in self._leaves)
+        ]
+        if goes_around(selected, at.edge.node, leaves):
+            raise UnsupportedModelError(
+                "the input of the first layer that is found is not all that the output "
+                "takes from the word embeddings, so it is not the output of the "
+                'embedding block: use place="word_embeddings", or a layer method.'
+            )
+
+    def close(self) -> None:
+        """Let go of the run: cycles would keep its tensors."""
+        self.operations.leaves.clear()
+        self.ledger.biases.clear()
+        self._found.clear()
+        self._nodes.clear()
+        self._leaves = []
+        self.inputs = self._given = ()
 
     def modules(self) -> dict[Any, str]:
         """Node of a module's output → the module's name."""
@@ -452,6 +587,7 @@ class _Lookups(Operations):
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Run the operation by its rule."""
+        self._watcher.leave_inference_mode()
         if func is nn.functional.embedding:
             return self._embedding(func, *args, **(kwargs or {}))
         return super().__torch_function__(func, types, args, kwargs)
@@ -504,8 +640,32 @@ def _countable(value: Any) -> Any:
     return value
 
 
+def _is_stack(module: nn.Module) -> bool:
+    """Whether a module holds layers: a list, or a sequence of layers of one kind."""
+    if isinstance(module, nn.ModuleList):
+        return True
+    children = list(module.children())
+    kinds = {type(child) for child in children}
+    has_parts = all(any(True for _ in child.children()) for child in children)
+    return isinstance(module, nn.Sequential) and len(kinds) == 1 and has_parts
+
+
+def _sequence_number() -> int:
+    """Larger than that of all nodes of this thread so far."""
+    with torch._C.DisableTorchFunction():
+        return int(torch.zeros((), requires_grad=True).neg().grad_fn._sequence_nr())  # type: ignore[union-attr]
+
+
+def _is_parameter(value: Tensor) -> bool:
+    return value.is_leaf and isinstance(value, nn.Parameter)
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _is_dependent(value: Any) -> bool:
+    return _is_number(value) and value.requires_grad
 
 
 def _first_number(output: Any) -> Tensor | None:
@@ -526,7 +686,9 @@ def _with_first(output: Any, first: Tensor) -> Any:
             if value is old:
                 output[name] = first  # type: ignore[index]
         return output
-    return type(output)(first if value is old else value for value in output)
+    values = [first if value is old else value for value in output]
+    is_named = hasattr(output, "_make")
+    return output._make(values) if is_named else type(output)(values)
 
 
 def _no_tensor(module: nn.Module, what: str) -> InputError:

@@ -190,15 +190,23 @@ class AttentionMode(TorchFunctionMode):
         return context if replaced is None else replaced.reshape(context.shape)
 
 
+# How such a function asks whether to hand itself to a mode.
+_ASKS = (
+    "has_torch_function",
+    "has_torch_function_unary",
+    "has_torch_function_variadic",
+)
+
+
 def transparent(func: Callable[..., Any]) -> Callable[..., Any]:
     """The same Python function, which does not hand itself to a mode.
 
     Functions of torch that are written in Python are seen as one call. Run like this,
-    with torch's own code and its own names but one, what is inside is seen, too.
+    with torch's own code and its own names but these, what is inside is seen, too.
     """
     if not isinstance(func, types.FunctionType):
         return func
-    names = {**func.__globals__, "has_torch_function": lambda _: False}
+    names = {**func.__globals__, **dict.fromkeys(_ASKS, lambda *_: False)}
     copy = types.FunctionType(
         func.__code__, names, func.__name__, func.__defaults__, func.__closure__
     )
