@@ -1,4 +1,4 @@
-"""Token attribution for transformer encoders, as a Captum method.
+"""Token attribution for transformers, as Captum methods.
 
 The public names are loaded when they are first used, so that ``import captum_globenc``
 and the command line's ``--help`` do not wait for torch.

@@ -71,7 +71,7 @@ def main(
         ),
     ] = False,
 ) -> None:
-    """Token attribution for transformer encoders."""
+    """Token attribution for transformers."""
 
 
 @app.command(epilog=_EXAMPLES)

@@ -19,7 +19,7 @@ class InputError(GlobEncError, ValueError):
 
 
 class UnsupportedModelError(GlobEncError, ValueError):
-    """The model holds no encoder that this package can decompose."""
+    """The model holds no encoder, or an operation, that a method can explain."""
 
 
 class ReconstructionError(GlobEncError, RuntimeError):

@@ -40,10 +40,23 @@ COMPARED = (
     "input_x_gradient",
     "random",
 )
-# What the class-aware methods are held against.
-REFERENCES = ("integrated_gradients", "kernel_shap")
 SIGNED = ("attnlrp", "decompx", "integrated_attnlrp", "integrated_decompx")
-COMPARED_MEASURES = ("aopc", "comprehensiveness", "sufficiency", "leave_one_out_tau")
+# What is held against what.
+PAIRS = (
+    *((method, "integrated_gradients") for method in SIGNED),
+    *((method, "kernel_shap") for method in SIGNED),
+    ("integrated_decompx", "decompx"),
+    ("globenc_class_aware", "globenc"),
+    ("alti", "globenc"),
+)
+SUMMARY = ("globenc", "integrated_gradients", "kernel_shap", *SIGNED, "random")
+COMPARED_MEASURES = {
+    "aopc": "AOPC",
+    "comprehensiveness": "compr.",
+    "sufficiency": "suff.",
+    "leave_one_out_tau": "τ",
+}
+LOWER_IS_BETTER = ("sufficiency",)
 # Modarressi et al. 2022 (arXiv:2205.03286), SST-2, BERT-base, layer 12.
 PUBLISHED = {
     "W": -0.11,
@@ -99,6 +112,7 @@ def main() -> None:
     page = PAGE.read_text(encoding="utf-8").format(
         sentences=len(six.records),
         accuracy=[six.accuracy, embedded.accuracy],
+        summary=summary_table(six, embedded),
         paper=paper_table(papers["six-layer"], papers["embedded"]),
         six=method_table(six),
         embedded=method_table(embedded),
@@ -116,6 +130,23 @@ def load(name: str, work: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     folder = work / "six-layer-film-reviews"
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype="float32")
     return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def summary_table(six: BenchmarkResult, embedded: BenchmarkResult) -> str:
+    """The signed methods beside others, on both classifiers, and their passes."""
+    rows = []
+    for method in SUMMARY:
+        cells = [f"`{method}`"]
+        for result in (six, embedded):
+            means = result.table["mean"][method]
+            cells += [f"{means[measure]:.3f}" for measure in COMPARED_MEASURES]
+        passes = six.costs.loc[method]
+        cells.append(f"{passes['forwards']:.0f} + {passes['backwards']:.0f}")
+        rows.append(cells)
+    names = [
+        f"{title}, {model}" for model in MODELS for title in COMPARED_MEASURES.values()
+    ]
+    return markdown(["", *names, "passes"], rows)
 
 
 def paper_table(six: BenchmarkResult, embedded: BenchmarkResult) -> str:
@@ -141,18 +172,22 @@ def method_table(result: BenchmarkResult) -> str:
 
 
 def difference_table(result: BenchmarkResult) -> str:
-    """Signed methods minus those of Captum, on the same sentences, with intervals."""
+    """One method minus another, on the same sentences, with intervals.
+
+    Bold is where the interval has the first method ahead.
+    """
+    found = {reference: result.differences(reference) for _, reference in PAIRS}
     rows = []
-    for reference in REFERENCES:
-        found = result.differences(reference)
-        for method in SIGNED:
-            cells = [f"`{method}` - `{reference}`"]
-            for measure in COMPARED_MEASURES:
-                row = found.loc[(method, measure)]
-                text = f"{row['mean']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})"
-                cells.append(text)
-            rows.append(cells)
-    return markdown(["", *[m.replace("_", " ") for m in COMPARED_MEASURES]], rows)
+    for method, reference in PAIRS:
+        cells = [f"`{method}` - `{reference}`"]
+        for measure in COMPARED_MEASURES:
+            row = found[reference].loc[(method, measure)]
+            text = f"{row['mean']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})"
+            is_lower = measure in LOWER_IS_BETTER
+            is_ahead = row["high"] < 0 if is_lower else row["low"] > 0
+            cells.append(f"**{text}**" if is_ahead else text)
+        rows.append(cells)
+    return markdown(["", *COMPARED_MEASURES.values()], rows)
 
 
 def cost_table(result: BenchmarkResult) -> str:
