@@ -78,6 +78,7 @@ def main() -> None:
     arguments.add_argument("--runs", type=Path, default=Path("build/report"))
     arguments.add_argument("--output", type=Path, default=Path("docs/benchmark"))
     arguments.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
+    arguments.add_argument("--limit", type=int, default=SENTENCES)
     options = arguments.parse_args()
     results, papers = {}, {}
     for name in options.models:
@@ -89,7 +90,7 @@ def main() -> None:
             texts,
             COMPARED,
             label_column="label",
-            limit=SENTENCES,
+            limit=options.limit,
             output=options.runs / name,
         )
         results[name].save(options.output / name)
@@ -101,7 +102,7 @@ def main() -> None:
             measures=PAPER.measures,
             per_layer=PAPER.per_layer,
             label_column="label",
-            limit=SENTENCES,
+            limit=options.limit,
             output=options.runs / f"{name}-paper",
             cost_texts=0,
         )
