@@ -14,6 +14,7 @@ from torch import Tensor
 from captum_globenc.encoders.weights import LayerWeights, random_signs
 from captum_globenc.errors import InputError
 from captum_globenc.recording.attention import AttentionCall, attention_weights
+from captum_globenc.recording.grouping import grouped, most_at_once, stack
 from captum_globenc.recording.verification import check, rounding_unit, tolerance
 
 #: A block of receivers: the same positions for all examples, or (batch, receivers)
@@ -143,7 +144,7 @@ class LayerRecord:
         true = take(self.context_probe.permute(0, 3, 1, 2), receivers)
         true = true.permute(0, 2, 3, 1)
         check(
-            self.name,
+            [self.name],
             "the attention output",
             (true - rebuilt[:, :, :-1]).norm(dim=2),
             2 * rebuilt[:, :, -1] * slack,
@@ -185,25 +186,6 @@ class LayerRecord:
             context_probe=self.context_probe[rows],
             token_mask=self.token_mask[rows],
         )
-
-    def change(self) -> Tensor:
-        """How much the kept tensors differ from those of the run, a scalar.
-
-        Writing through ``tensor.data`` or numpy bumps no version, so values are
-        compared, too.
-        """
-        with torch.no_grad(), torch.autocast(self.hidden.device.type, enabled=False):
-            hidden = self.hidden.to(self.dtype) @ self.weights.probes[:, 0]
-            value = self.call.value.to(self.dtype)
-            value = value @ head_signs(value)[:, 0]
-            pairs = (
-                (hidden, self.hidden_probe),
-                (value, self.value_probe[:, :, 0]),
-            )
-            changes = [
-                (now - then).abs().amax() / then.abs().amax() for now, then in pairs
-            ]
-            return torch.stack(changes).nan_to_num(0.0, posinf=torch.inf).amax()
 
     def _mask_of(self, receivers: Receivers) -> Tensor | None:
         """The mask of a block, (batch, heads, receivers, sources)."""
@@ -289,13 +271,49 @@ def check_unchanged(layers: Sequence[LayerRecord]) -> None:
     Raises:
         InputError: a tensor has been.
     """
-    changes = torch.stack([layer.change() for layer in layers]).tolist()
-    for layer, change in zip(layers, changes):
-        # Sums in another order; what is written is far more than rounding.
-        same = change <= 16 * tolerance(0.0, layer.dtype, layer.hidden.shape[-1])
-        if not same or not all(version.is_current for version in layer.versions):
-            raise InputError(
-                f"layer {layer.name!r}: tensors of its run were changed in place after "
-                "it, by forward_func or later, so that they are no longer what the "
-                "layer computed with. Change copies (tensor.clone()) instead."
-            )
+    most = most_at_once(layers[0].hidden.numel())
+    for group in grouped(layers, lambda group: len(group) <= most and _alike(group)):
+        for layer, change in zip(group, _changes(group)):
+            # Sums in another order; what is written is far more than rounding.
+            limit = 16 * tolerance(0.0, layer.dtype, layer.hidden.shape[-1])
+            is_current = all(version.is_current for version in layer.versions)
+            if not (change <= limit and is_current):
+                raise InputError(
+                    f"layer {layer.name!r}: tensors of its run were changed in place "
+                    "after it, by forward_func or later, so that they are no longer "
+                    "what the layer computed with. Change copies (tensor.clone()) "
+                    "instead."
+                )
+
+
+def _alike(group: Sequence[LayerRecord]) -> bool:
+    """Whether the last one's tensors have the shapes of the others'."""
+    first, last = (
+        [(t.shape, t.dtype) for t in (layer.hidden, layer.call.value)]
+        for layer in (group[0], group[-1])
+    )
+    return first == last
+
+
+def _changes(group: Sequence[LayerRecord]) -> list[float]:
+    """How much the kept tensors of each layer differ from those of the run.
+
+    Writing through ``tensor.data`` or numpy bumps no version, so values are compared,
+    too.
+    """
+    dtype, probes = group[0].dtype, group[0].weights.probes
+    with torch.no_grad(), torch.autocast(probes.device.type, enabled=False):
+        hidden = stack([layer.hidden for layer in group]).to(dtype) @ probes[:, 0]
+        value = stack([layer.call.value for layer in group]).to(dtype)
+        value = value @ head_signs(value)[:, 0]
+        pairs = (
+            (hidden, stack([layer.hidden_probe for layer in group])),
+            (value, stack([layer.value_probe for layer in group])[..., 0, :]),
+        )
+        changes = [
+            (now - then).abs().flatten(1).amax(1) / then.abs().flatten(1).amax(1)
+            for now, then in pairs
+        ]
+        largest = torch.maximum(*(c.nan_to_num(0.0, posinf=torch.inf) for c in changes))
+        found: list[float] = largest.tolist()
+        return found
