@@ -94,12 +94,14 @@ class Projected(NamedTuple):
         deviations (dict[str, Tensor]): of the norms, (batch, tokens).
         value_probe (Tensor): the values, (batch, heads, directions + 1, tokens).
         context_probe (Tensor): what attention gave, (batch, heads, directions, tokens).
+        context (Tensor): its shape without its memory, (batch, heads, tokens, 0).
     """
 
     steps: dict[str, Tensor]
     deviations: dict[str, Tensor]
     value_probe: Tensor
     context_probe: Tensor
+    context: Tensor
 
 
 def project(
@@ -124,13 +126,13 @@ def project(
         for step, tensor in zip(steps, tensors.unbind(), strict=True):
             step[name] = tensor
     by_layer = {name: values.unbind() for name, values in deviations.items()}
+    empty = context.new_empty((*context.shape[1:-1], 0), dtype=calls[0].context.dtype)
+    probes = zip(value_probe.unbind(), (signs.T @ context.mT).unbind(), strict=True)
     return [
         Projected(
-            step, {name: values[index] for name, values in by_layer.items()}, *probes
+            step, {n: values[index] for n, values in by_layer.items()}, *each, empty
         )
-        for index, (step, *probes) in enumerate(
-            zip(steps, value_probe.unbind(), (signs.T @ context.mT).unbind())
-        )
+        for index, (step, each) in enumerate(zip(steps, probes, strict=True))
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -84,6 +85,8 @@ class Recorder:
         self._steps: list[dict[str, Tensor]] = []
         self._units: list[float] = []
         self._handed: Version | None = None
+        #: The last layer's output as it made it, and as it was handed on.
+        self._states: Tensor | None = None
         self._output: Tensor | None = None
         self._has_final_norm = False
         self._given_mask: Tensor | None = None
@@ -268,9 +271,15 @@ class Recorder:
         states = first_tensor(output)
         hidden = hidden_states(args, kwargs)
         draft.args, draft.kwargs = args, dict(kwargs)
-        draft.inputs["layer"] = self._batch_first(self._as_recorded(hidden))
         draft.is_input_from_below = hidden is self._output
-        self._output = states
+        if draft.is_input_from_below and self._states is not None:
+            # As the layer below made it, without what follows gradients.
+            inputs = draft.inputs.items()
+            made = {part: self._states for part, t in inputs if t is hidden}
+            draft.inputs.update(made)
+            hidden = self._states
+        draft.inputs["layer"] = self._batch_first(self._as_recorded(hidden))
+        self._output = self._states = states
         draft.outputs["layer"] = self._batch_first(states)
         self._check_parts(draft)
         self._drafts.append(draft)
@@ -413,9 +422,10 @@ class Recorder:
         if not drafts:
             return
         device = drafts[0].inputs["layer"].device.type
+        names = [modules.name for modules in self.encoder.layers]
         layers = [modules.parts for modules in self.encoder.layers]
         with torch.no_grad(), torch.autocast(device, enabled=False):
-            indices = [self.encoder.layers.index(draft.modules) for draft in drafts]
+            indices = [names.index(draft.modules.name) for draft in drafts]
             each = zip(drafts, self._weights.get(layers, indices), strict=True)
             for group in grouped(each, _are_stacked):
                 weights = LayerWeights.together([weights for _, weights in group])
@@ -435,8 +445,7 @@ class Recorder:
         hidden = _detached(draft.inputs["layer"])
         call = draft.call
         tensors: dict[str, Any] = {n: _detached(t) for n, t in call.tensors.items()}
-        # Not a view, which would keep the whole.
-        tensors["context"] = call.context.new_empty((*call.context.shape[:-1], 0))
+        tensors["context"] = projected.context
         draft.call = call._replace(**tensors)
         # The parts' tensors were needed for the projections only.
         draft.inputs.clear()
@@ -444,11 +453,11 @@ class Recorder:
         self._records.append(
             functools.partial(
                 LayerRecord,
-                name=draft.name,
+                names=(draft.name,),
                 call=draft.call,
                 hidden=hidden,
                 deviations=projected.deviations,
-                hidden_probe=projected.steps["layer.input"][:, 0],
+                hidden_probe=projected.steps["layer.input"],
                 value_probe=projected.value_probe,
                 context_probe=projected.context_probe,
                 weights=weights,
@@ -481,10 +490,12 @@ class Recorder:
             self.fits += fits(names, steps, identities, self.token_mask, hidden)
 
     def _check_finite(self, names: list[str], outputs: list[Tensor]) -> None:
-        finite = torch.stack(outputs).isfinite().flatten(1).all(1).tolist()
-        if not all(finite):
+        values = torch.stack(outputs).flatten(1)
+        largest = torch.linalg.vector_norm(values, torch.inf, 1).tolist()
+        wrong = [n for n, size in zip(names, largest) if not math.isfinite(size)]
+        if wrong:
             raise NonFiniteActivationError(
-                f"layer {names[finite.index(False)]!r}: its activations hold NaN or "
+                f"layer {wrong[0]!r}: its activations hold NaN or "
                 "infinity, so it cannot be decomposed. Look for NaN in the weights or "
                 "inputs, or for overflow (float16?)."
             )

@@ -12,6 +12,7 @@ elsewhere do not count.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -31,6 +32,7 @@ _OWN_UNITS = 1.5
 _TERMS = 4
 
 
+@functools.lru_cache(maxsize=256)
 def tolerance(unit: float, dtype: torch.dtype, terms: int) -> float:
     """The largest relative deviation that rounding explains.
 
@@ -142,7 +144,6 @@ def _deviations(
 ) -> Tensor:
     """The largest relative deviations, (identities, layers)."""
     zero = torch.zeros_like(steps[0][identities[0].true])
-    no_size = zero.flatten(1, -2)[:, 0]
     shape = (len(identities), _TERMS, len(steps))
     terms = torch.stack(
         [
@@ -157,6 +158,7 @@ def _deviations(
     deviation = _norm(terms[:, 0] - terms[:, 1:].sum(1))
     size = _norm(terms).sum(1)
     if any(identity.size for identity in identities):
+        no_size = zero.flatten(1, -2)[:, 0]
         sizes = [
             step[identity.size] if identity.size else no_size
             for identity in identities
