@@ -1,13 +1,20 @@
-"""The script that measures the price runs; its textbook form gives the same scores."""
+"""How many operations a call takes, and the script that measures the price."""
 
 from __future__ import annotations
 
 import json
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+import transformers as t
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from captum_globenc import LOCAL_SCORES, GlobEnc
+from captum_globenc.recording import grouping
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "cost.py"
 
@@ -24,3 +31,64 @@ def test_the_script_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     assert len(first["methods"]) == 4
     assert single["tokens"] == 4
     assert list(single["methods"]) == ["forward pass", "GlobEnc"]
+
+
+class Operations(TorchDispatchMode):
+    """Counts what torch is asked to do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operations(call: Callable[[], object]) -> int:
+    """How many operations a call takes once weights are prepared."""
+    call()
+    with Operations() as operations:
+        call()
+    return operations.count
+
+
+def deep_bert() -> t.BertForSequenceClassification:
+    sizes = {"hidden_size": 48, "num_attention_heads": 12, "intermediate_size": 192}
+    config = t.BertConfig(num_hidden_layers=12, vocab_size=100, **sizes)
+    return t.BertForSequenceClassification(config).eval()
+
+
+def test_twelve_layers_take_about_twice_the_operations_of_the_model() -> None:
+    model, ids = deep_bert(), torch.randint(1, 100, (1, 16))
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        forward = operations(lambda: model(ids, attention_mask=mask))
+    globenc = GlobEnc(model)
+    # As many per layer in the model; of all layers together what is left.
+    own = operations(lambda: globenc.attribute(ids, 1, mask)) - forward
+    assert own <= 520
+    if forward <= 487:
+        assert forward + own <= 1_000
+
+
+@pytest.mark.parametrize("name", LOCAL_SCORES)
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [(torch.float32, 2e-6), (torch.float64, 1e-12)], ids=str
+)
+def test_groups_of_layers_give_what_single_layers_give(
+    name: str, dtype: torch.dtype, limit: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of a padded batch; one layer after another takes far more operations."""
+    ids = torch.randint(1, 100, (3, 16))
+    mask = torch.ones_like(ids)
+    mask[1, 9:] = 0
+    globenc = GlobEnc(deep_bert().to(dtype), local=name)
+
+    def attribute() -> torch.Tensor:
+        return globenc.attribute(ids, 1, mask)
+
+    scores, together = attribute(), operations(attribute)
+    monkeypatch.setattr(grouping, "_HELD", 1)
+    assert operations(attribute) > 2 * together
+    torch.testing.assert_close(scores, attribute(), rtol=limit, atol=0)

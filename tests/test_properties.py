@@ -496,8 +496,10 @@ class Shapes(TorchDispatchMode):
 def test_nothing_quadratic_is_built(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No (receivers, sources, hidden), and no attention matrix of all receivers."""
     from captum_globenc.contributions import rollout
+    from captum_globenc.recording import grouping
 
     monkeypatch.setattr(rollout, "_HELD", 4 * 40 * 8)
+    monkeypatch.setattr(grouping, "_HELD", 40 * 24)
     model = build("bert")
     ids = torch.stack([sentence(40, seed=s) for s in (1, 2)])
     globenc = GlobEnc(model, local=name)

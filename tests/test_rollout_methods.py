@@ -22,6 +22,7 @@ from captum_globenc import (
 )
 from captum_globenc.contributions import alti as alti_module
 from captum_globenc.contributions import rollout
+from captum_globenc.recording import grouping
 from tests import oracle, oracles_rollout
 from tests.conftest import left_behind
 from tests.models import FAMILIES, SIZES, build, encoder_of, padded, randomize, sentence
@@ -214,6 +215,7 @@ def test_nothing_quadratic_is_built(make, monkeypatch: pytest.MonkeyPatch) -> No
     """No vectors of all pairs, and no attention matrix of all receivers."""
     monkeypatch.setattr(alti_module, "_HELD", 24 * 40 * 4)
     monkeypatch.setattr(rollout, "_HELD", 4 * 40 * 8)
+    monkeypatch.setattr(grouping, "_HELD", 40 * 24)
     model = Head(encoder_of("bert", build("bert")))
     ids = torch.stack([sentence(40, seed=s) for s in (1, 2)])
     with Shapes() as shapes:

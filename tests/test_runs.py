@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import multiprocessing
 import pickle
 import threading
@@ -19,6 +20,7 @@ from captum_globenc import (
     GlobEnc,
     InputError,
     LayerGlobEnc,
+    ReconstructionError,
     record,
 )
 from captum_globenc.attribution.base import RolloutAttribution
@@ -84,6 +86,18 @@ def test_a_run_is_not_used_once_it_has_been_written_to() -> None:
             write(kept[0])
         with pytest.raises(InputError, match="changed in place"):
             GlobEnc(model).attribute(run, 1)
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_of_layers_taken_together_the_one_that_is_wrong_is_named(index: int) -> None:
+    model = build("bert")
+    run = record(model, IDS, MASK)
+    layers = list(run.layers)
+    wrong = layers[index]
+    layers[index] = dataclasses.replace(wrong, context_probe=-wrong.context_probe)
+    run = dataclasses.replace(run, layers=tuple(layers))
+    with pytest.raises(ReconstructionError, match=rf"layer\.{index}.*attention output"):
+        GlobEnc(model).attribute(run, 1)
 
 
 def test_readouts_by_target() -> None:

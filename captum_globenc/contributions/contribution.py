@@ -25,9 +25,13 @@ class Contribution:
         is_signed (bool, optional): values below 0 occur. Default: False.
         replays (bool, optional): it runs the layer again, which runs whole batches: it
             is given no record of a part of the batch. Default: False.
+        stacks (bool, optional): it takes records of several layers stacked, see
+            :func:`~captum_globenc.recording.records.stacked`. Default: False, it is
+            given one layer after another.
     """
 
     name: str
     rows: Callable[[LayerRecord], Rows]
     is_signed: bool = False
     replays: bool = False
+    stacks: bool = False

@@ -47,6 +47,8 @@ from captum_globenc.recording.records import LayerRecord, Receivers
 # to leave out most of the symmetric half, enough to keep the processor busy.
 _TOKEN_CHUNK = 512
 _HEAD_GROUP = 4
+# Of so few products all are made at once, the symmetric half included.
+_SMALL = 2**18
 
 
 def attention_weights(record: LayerRecord) -> Rows:
@@ -132,7 +134,7 @@ def norms_encoder(record: LayerRecord) -> Rows:
 
 #: Every local score by its name.
 LOCAL_SCORES: dict[str, Contribution] = {
-    name: Contribution(name, rows)
+    name: Contribution(name, rows, stacks=True)
     for name, rows in {
         "W": attention_weights,
         "W_FIXED_RES": attention_weights_fixed_residual,
@@ -176,22 +178,28 @@ def _source_gram(record: LayerRecord, through: tuple[str, ...]) -> Tensor:
         *Tensor* of shape (batch, sources, heads, heads), upper triangular, with the
         same quadratic form as G.
     """
-    value = record.call.value.to(record.dtype).transpose(1, 2).contiguous()
+    value = record.call.value.to(record.dtype).transpose(1, 2)
     batch, tokens, heads, size = value.shape
     names = tuple(norms_of(record, through))
-    folded = record.weights.gram(names, heads).view(heads, size, heads * size)
-    value = value.view(batch * tokens, heads, size)
-    gram = value.new_zeros(batch * tokens, heads, heads)
-    for first in range(0, batch * tokens, _TOKEN_CHUNK):
-        chunk = value[first : first + _TOKEN_CHUNK]
-        for head in range(0, heads, _HEAD_GROUP):
+    folded = record.weights.gram(names, heads).view(-1, heads, size, heads * size)
+    layers = len(folded)
+    value = value.reshape(layers, -1, heads, size)
+    gram = value.new_zeros(layers, value.shape[1], heads, heads)
+    step = max(1, _TOKEN_CHUNK // layers)
+    several = heads if value.numel() * heads <= _SMALL else _HEAD_GROUP
+    for first in range(0, value.shape[1], step):
+        chunk = value[:, first : first + step]
+        for head in range(0, heads, several):
             # v^h K^{hh'} for a group of heads h with all heads h' from its first on,
             # then the product of each with v^h'.
-            group = slice(head, head + _HEAD_GROUP)
-            mapped = chunk[:, group].transpose(0, 1) @ folded[group, :, head * size :]
-            mapped = mapped.view(-1, len(chunk), heads - head, size)
-            products = mapped.mul_(chunk[:, head:]).sum(-1)
-            gram[first : first + _TOKEN_CHUNK, group, head:] = products.transpose(0, 1)
+            group = slice(head, head + several)
+            mapped = (
+                chunk[:, :, group].transpose(1, 2) @ folded[:, group, :, head * size :]
+            )
+            mapped = mapped.unflatten(-1, (heads - head, size))
+            products = mapped.mul_(chunk[:, None, :, head:]).sum(-1)
+            part = gram[:, first : first + step, group, head:]
+            part.copy_(products.transpose(1, 2))
     return gram.view(batch, tokens, heads, heads)
 
 

@@ -9,8 +9,10 @@ exact, and scores keep their ratios.
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,7 +21,15 @@ from torch import Tensor
 
 from captum_globenc.contributions.contribution import Contribution
 from captum_globenc.errors import is_whole
-from captum_globenc.recording.records import Readout, Receivers, take
+from captum_globenc.recording.grouping import concatenated, grouped, most_at_once
+from captum_globenc.recording.records import (
+    LayerRecord,
+    Readout,
+    Receivers,
+    can_be_stacked,
+    stacked,
+    take,
+)
 from captum_globenc.recording.run import EncoderRun
 
 # Attention weights held at once: 8 MB in float32, whatever the batch and the length.
@@ -40,10 +50,10 @@ class ScaledTensor(NamedTuple):
     @classmethod
     def of(cls, values: Tensor, exponent: Tensor | None = None) -> ScaledTensor:
         """Scale each example's largest value into [0.5, 1); zeros stay."""
-        _, power = torch.frexp(values.flatten(1).abs().amax(1))
-        if exponent is None:
-            exponent = torch.zeros_like(power)
-        return cls(_times_power(values, -power), exponent + power)
+        over = tuple(range(1, values.ndim))
+        _, power = torch.frexp(torch.linalg.vector_norm(values, torch.inf, over))
+        scaled = _times_power(values, -power)
+        return cls(scaled, power if exponent is None else exponent + power)
 
     def plus(self, other: Tensor) -> ScaledTensor:
         """The sum with a tensor that is not scaled."""
@@ -58,9 +68,8 @@ class ScaledTensor(NamedTuple):
         one that it can: the ratios of its numbers are kept, their unit is lost.
         """
         limits = torch.finfo(dtype)
-        most = torch.tensor(limits.max, dtype=torch.float64).frexp().exponent
-        least = torch.tensor(limits.smallest_normal, dtype=torch.float64)
-        power = self.exponent.clamp(int(least.frexp().exponent), int(most) - 1)
+        (_, least), (_, most) = map(math.frexp, (limits.smallest_normal, limits.max))
+        power = self.exponent.clamp(least, most - 1)
         return _times_power(self.values, power).to(dtype)
 
 
@@ -84,30 +93,131 @@ def sweep(
         the scores of the encoder's input.
     """
     top = max(readout.weights)
-    seed, receivers = readout.weights[top], readout.receivers
-    batch, tokens = seed.shape
-    size = max(1, batch if contribution.replays else _HELD // (run.heads * tokens**2))
-    groups = [slice(first, first + size) for first in range(0, batch, size)]
-    row = ScaledTensor.of(seed)
+    row = ScaledTensor.of(readout.weights[top])
     yield row
-    # Layers outside and groups inside: a layer's weights are then fetched once.
-    for index, layer in reversed(list(enumerate(run.layers[:top]))):
-        total = torch.zeros_like(row.values)
-        for group in groups:
-            rows = contribution.rows(layer if size >= batch else layer.examples(group))
-            own = row.values[group]
-            parts = (
-                blocks(own.shape, run.heads)
-                if receivers is None
-                else [receivers[group]]
-            )
-            for block in parts:
-                total[group] += torch.bmm(take(own, block)[:, None], rows(block))[:, 0]
-        row = ScaledTensor.of(total, row.exponent)
-        if index in readout.weights:
-            row = row.plus(readout.weights[index])
-        receivers = None
-        yield row
+    index = top
+    for step in _steps(run, contribution, readout):
+        for below in step(row):
+            index -= 1
+            is_read = index in readout.weights
+            row = below.plus(readout.weights[index]) if is_read else below
+            yield row
+
+
+def _steps(
+    run: EncoderRun, contribution: Contribution, readout: Readout
+) -> Iterator[Callable[[ScaledTensor], Sequence[ScaledTensor]]]:
+    """``r → r n^l, r n^l n^{l-1}, …`` of one layer or several, from the top down.
+
+    Layers that are small are taken together, the highest one with all its rows.
+    """
+    top = max(readout.weights)
+    layers, last = run.layers[:top], top
+    for group in reversed(list(_groups(run, contribution, layers))):
+        first = last - len(group)
+        if len(group) == 1:
+            # Of the highest layer only the rows that are read count.
+            which = readout.receivers if last == top else None
+            layer = functools.partial(_times_layer, run, contribution, group[0], which)
+            yield functools.partial(_one_step, layer)
+        else:
+            most, dtype = _in_a_row(run)
+            matrices = _matrices(run, contribution, group).to(dtype).unbind()[::-1]
+            # What is read of a layer's output is added before the sweep goes on.
+            stops = {last - index for index in readout.weights if first < index < last}
+            for start, stop in _pieces(len(group), stops, most):
+                yield functools.partial(_steps_in_a_row, matrices[start:stop])
+        last = first
+
+
+def _pieces(length: int, stops: set[int], most: int) -> Iterator[tuple[int, int]]:
+    """From 0 to ``length``, in pieces of at most ``most`` that end at every stop."""
+    start = 0
+    for stop in sorted({*stops, length}):
+        while start < stop:
+            end = min(start + most, stop)
+            yield start, end
+            start = end
+
+
+def _in_a_row(run: EncoderRun) -> tuple[int, torch.dtype]:
+    """How many matrices may be multiplied before the result is scaled, and in what.
+
+    Seven numbers of float32, whatever they are, have a product within the range of
+    float64.
+    """
+    has_float64 = run.final.device.type != "mps"
+    if run.dtype == torch.float32 and has_float64:
+        return 7, torch.float64
+    return 1, run.dtype
+
+
+def _one_step(
+    times: Callable[[Tensor], Tensor], row: ScaledTensor
+) -> list[ScaledTensor]:
+    return [ScaledTensor.of(times(row.values), row.exponent)]
+
+
+def _steps_in_a_row(
+    matrices: Sequence[Tensor], row: ScaledTensor
+) -> list[ScaledTensor]:
+    """The row times the first matrix, times the first two, and so on.
+
+    Args:
+        matrices (sequence of Tensor): (batch, receivers, sources), the highest layer's
+            first.
+        row (ScaledTensor): (batch, receivers).
+    """
+    products, product = [], row.values[:, None].to(matrices[0].dtype)
+    for matrix in matrices:
+        product = torch.bmm(product, matrix)
+        products.append(product)
+    scaled = ScaledTensor.of(torch.cat(products)[:, 0])
+    values = scaled.values.to(row.values.dtype).unflatten(0, (len(matrices), -1))
+    exponents = scaled.exponent.unflatten(0, (len(matrices), -1)) + row.exponent
+    return list(map(ScaledTensor, values.unbind(), exponents.unbind()))
+
+
+def _times_layer(
+    run: EncoderRun,
+    contribution: Contribution,
+    layer: LayerRecord,
+    receivers: Tensor | None,
+    row: Tensor,
+) -> Tensor:
+    """``r n^l``, (batch, tokens), in blocks of examples and of receivers."""
+    batch, tokens = row.shape
+    size = max(1, batch if contribution.replays else _HELD // (run.heads * tokens**2))
+    parts = []
+    for first in range(0, batch, size):
+        examples = slice(first, first + size)
+        own = row[examples]
+        rows = contribution.rows(layer if size >= batch else layer.examples(examples))
+        of = (
+            blocks(own.shape, run.heads) if receivers is None else [receivers[examples]]
+        )
+        taken = (torch.bmm(take(own, block)[:, None], rows(block)) for block in of)
+        parts.append(functools.reduce(torch.add, taken)[:, 0])
+    return concatenated(parts)
+
+
+def _groups(
+    run: EncoderRun, contribution: Contribution, layers: Sequence[LayerRecord]
+) -> Iterator[list[LayerRecord]]:
+    """Layers in turn whose contributions are made together, where they are small."""
+    batch, tokens = run.shape
+    weights = batch * run.heads * tokens**2
+    most = min(most_at_once(max(weights, run.final.numel())), _HELD // weights)
+    most = most if contribution.stacks else 1
+    return grouped(layers, lambda group: len(group) <= most and can_be_stacked(group))
+
+
+def _matrices(
+    run: EncoderRun, contribution: Contribution, group: Sequence[LayerRecord]
+) -> Tensor:
+    """The whole n^l of layers that are small, (layers, batch, receivers, sources)."""
+    values = contribution.rows(stacked(group))(slice(0, run.shape[1]))
+    return values.reshape(len(group), *run.shape, -1)
 
 
 def decompose(run: EncoderRun, contribution: Contribution) -> Decomposition:
@@ -123,10 +233,13 @@ def decompose(run: EncoderRun, contribution: Contribution) -> Decomposition:
         dtype=run.dtype,
         device=run.token_mask.device,
     )
-    for index, layer in enumerate(run.layers):
-        rows = contribution.rows(layer)
-        for block in blocks(run.shape, run.heads):
-            local[:, index, block] = rows(block)
+    index = 0
+    for group in _groups(run, contribution, run.layers):
+        rows = contribution.rows(stacked(group))
+        for block in blocks(run.shape, len(group) * run.heads):
+            values = rows(block).unflatten(0, (len(group), batch))
+            local[:, index : index + len(group), block] = values.transpose(0, 1)
+        index += len(group)
     pairs = run.token_mask[:, :, None] & run.token_mask[:, None, :]
     local.masked_fill_(~pairs[:, None], 0)
     return Decomposition(local, run.token_mask, contribution.name)

@@ -9,6 +9,8 @@ them.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -53,9 +55,14 @@ def _mapped(
     record: LayerRecord, context: Tensor, receivers: Receivers, through: tuple[str, ...]
 ) -> Tensor:
     """What becomes of (batch, receivers, heads, head size) and the residual."""
-    vectors = context.flatten(2) @ record.weights.output.T
-    vectors = vectors + take(record.hidden, receivers).to(record.dtype)
+    output = record.weights.output
+    # The tokens of all examples are the rows of a matrix, or of one for each layer.
+    rows = (*output.shape[:-2], -1)
+    vectors = context.reshape(*rows, output.shape[-1]) @ output.mT
+    residual = take(record.hidden, receivers).to(record.dtype)
+    vectors = vectors + residual.reshape(*rows, output.shape[-2])
     vectors = through_norms(vectors, norms_of(record, through).values())
+    vectors = vectors.reshape(residual.shape)
     return vectors / deviation_of(record, receivers, through)[..., None]
 
 
@@ -63,11 +70,12 @@ def deviation_of(
     record: LayerRecord, receivers: Receivers, through: tuple[str, ...]
 ) -> Tensor:
     """The product of these norms' standard deviations, (batch, receivers)."""
-    ones = torch.ones_like(record.token_mask, dtype=record.dtype)
-    product = take(ones, receivers)
-    for name in norms_of(record, through):
-        product = product * take(record.deviations[name], receivers)
-    return product
+    deviations = [
+        take(record.deviations[name], receivers) for name in norms_of(record, through)
+    ]
+    if not deviations:
+        deviations = [take(torch.ones_like(record.hidden_probe[:, 0]), receivers)]
+    return functools.reduce(torch.mul, deviations)
 
 
 def norms_of(record: LayerRecord, through: tuple[str, ...]) -> dict[str, Norm]:
@@ -86,8 +94,11 @@ def positions(values: Tensor, receivers: Receivers) -> Tensor:
 
 def set_diagonal(values: Tensor, receivers: Receivers, diagonal: Tensor) -> Tensor:
     """``values`` with this diagonal, (batch, receivers), in place."""
-    index = positions(values, receivers)[..., None]
-    return values.scatter_(-1, index, diagonal[..., None])
+    if isinstance(receivers, slice):
+        first, _, _ = receivers.indices(values.shape[-1])
+        values.diagonal(first, -2, -1).copy_(diagonal)
+        return values
+    return values.scatter_(-1, receivers[..., None], diagonal[..., None])
 
 
 def row_shares(values: Tensor, receivers: Receivers) -> Tensor:
@@ -108,6 +119,8 @@ def row_shares(values: Tensor, receivers: Receivers) -> Tensor:
 
 def _diagonal(alpha: Tensor, receivers: Receivers) -> Tensor:
     """α_ii of a block, (batch, receivers, heads)."""
-    index = positions(alpha, receivers)[:, None, :, None]
-    index = index.expand(-1, alpha.shape[1], -1, -1)
+    if isinstance(receivers, slice):
+        first, _, _ = receivers.indices(alpha.shape[-1])
+        return alpha.diagonal(first, -2, -1).transpose(1, 2)
+    index = receivers[:, None, :, None].expand(-1, alpha.shape[1], -1, -1)
     return alpha.gather(-1, index)[..., 0].transpose(1, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -35,12 +36,12 @@ class LayerParts(NamedTuple):
         return {name: norm for name, norm in named.items() if norm is not None}
 
     def tensors(self) -> list[Tensor]:
-        """Everything that the decomposition depends on, without gradients."""
+        """Everything that the decomposition depends on."""
         parts = (self.output, *self.norms.values())
         modules = [part for part in parts if isinstance(part, nn.Module)]
         values = [t for m in modules for t in (*m.parameters(), *m.buffers())]
         values += [t for t in (self.output, self.layer_scale) if isinstance(t, Tensor)]
-        return [value.detach() for value in values]
+        return values
 
 
 #: The norms after the residuals, in the order in which they are applied.
@@ -65,7 +66,7 @@ def linear_map(module: nn.Module | Tensor) -> tuple[Tensor, Tensor | None]:
     weight = _matrix(module)
     if weight is not None:
         bias = getattr(module, "bias", None)
-        return weight, None if bias is None else bias.detach()
+        return weight.detach(), None if bias is None else bias.detach()
     assert isinstance(module, nn.Module)
     unit = torch.eye(_inputs_of(module)).to(_like(module))
     with torch.no_grad():
@@ -77,16 +78,20 @@ def linear_map(module: nn.Module | Tensor) -> tuple[Tensor, Tensor | None]:
 def image_of_fixed_vector(module: nn.Module | Tensor) -> Tensor:
     """What a linear map makes of one vector: other where its matrix is another one."""
     weight = _matrix(module)
-    if weight is not None:
-        return weight @ _fixed_vector(weight.shape[1]).to(weight)
-    assert isinstance(module, nn.Module)
-    direction = _fixed_vector(_inputs_of(module))
     with torch.no_grad():
-        return _apply(module, direction.to(_like(module))[None])[0]
+        if weight is not None:
+            return weight @ _fixed_vector(weight.shape[1], weight.dtype, weight.device)
+        assert isinstance(module, nn.Module)
+        like = _like(module)
+        direction = _fixed_vector(_inputs_of(module), like.dtype, like.device)
+        return _apply(module, direction[None])[0]
 
 
-def _fixed_vector(size: int) -> Tensor:
-    return torch.linspace(-1, 1, size, dtype=torch.float64).sin()
+@functools.lru_cache(maxsize=64)
+def _fixed_vector(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        vector = torch.linspace(-1, 1, size, dtype=torch.float64, device="cpu").sin()
+        return vector.to(device, dtype)
 
 
 def _matrix(module: nn.Module | Tensor) -> Tensor | None:
@@ -95,15 +100,15 @@ def _matrix(module: nn.Module | Tensor) -> Tensor | None:
     Quantised and adapted maps are Linears, too.
     """
     if isinstance(module, Tensor):
-        return module.detach().flatten(1)
+        return module.flatten(1)
     if isinstance(module, Conv1D):
-        return module.weight.detach().T
+        return module.weight.T
     if (
         isinstance(module, nn.Linear)
         and type(module).forward is nn.Linear.forward
         and module.weight.is_floating_point()
     ):
-        return module.weight.detach()
+        return module.weight
     return None
 
 
@@ -189,7 +194,7 @@ def standard_deviation(norm: nn.Module, vectors: Tensor) -> Tensor:
     values = centre(vectors) if is_centred(norm) else vectors
     # Not var(), which takes five times as long.
     variance: Tensor = values.norm(dim=-1).square() / values.shape[-1]
-    return (variance + _epsilon(norm, vectors)).sqrt()
+    return (variance + epsilon(norm, vectors.dtype)).sqrt()
 
 
 def centre(vectors: Tensor) -> Tensor:
@@ -206,11 +211,12 @@ def _is_t5_norm(module: nn.Module) -> bool:
     return "T5LayerNorm" in _kind(module)
 
 
-def _epsilon(module: nn.Module, vectors: Tensor) -> float:
+def epsilon(module: nn.Module, dtype: torch.dtype) -> float:
+    """What a norm adds to the variance, computing in this dtype."""
     for name in ("eps", "variance_epsilon", "epsilon"):
         value = getattr(module, name, None)
         if isinstance(value, float):
             return value
     weight = getattr(module, "weight", None)
     # torch.nn.RMSNorm's default: that of the dtype which the model computes in.
-    return torch.finfo(vectors.dtype if weight is None else weight.dtype).eps
+    return torch.finfo(dtype if weight is None else weight.dtype).eps

@@ -48,6 +48,12 @@ class AttentionCall(NamedTuple):
     mask: Tensor | None = None
     softmax_scale: float = 1.0
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that are there, by their names."""
+        named = self._asdict().items()
+        return {name: value for name, value in named if isinstance(value, Tensor)}
+
     def attention(self) -> Tensor:
         """The attention weights, (batch, heads, receivers, sources)."""
         if self.weights is not None:

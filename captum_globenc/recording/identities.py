@@ -1,22 +1,25 @@
 """What must hold in a layer that is what its description says.
 
-A layer's vectors are projected on a few random directions as soon as it has run; what
-must hold between the projections is then looked at for all layers together.
+A layer's vectors are projected on a few random directions when it has run, together
+with those of the next layers where they are small; what must hold between the
+projections is then looked at for all layers at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from captum_globenc.encoders.parts import epsilon, standard_deviation
 from captum_globenc.encoders.resolver import LayerModules
 from captum_globenc.encoders.weights import LayerWeights
 from captum_globenc.recording.attention import AttentionCall
-from captum_globenc.recording.records import Version
+from captum_globenc.recording.grouping import grouped, most_at_once, stack
+from captum_globenc.recording.records import Version, head_signs, probed
 from captum_globenc.recording.verification import Identity, rounding_unit
 
 
@@ -37,6 +40,7 @@ class LayerDraft:
         outputs (dict[str, Tensor]): likewise what came out.
         args (tuple): what the layer was called with.
         kwargs (dict): likewise, by name.
+        autocast (torch.dtype or None): the dtype of the autocast in which it ran.
     """
 
     name: str
@@ -50,6 +54,22 @@ class LayerDraft:
     outputs: dict[str, Tensor] = field(default_factory=dict)
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
+    autocast: torch.dtype | None = None
+
+    @property
+    def layout(self) -> Hashable:
+        """What layers must have in common to be projected together."""
+        assert self.call is not None
+        named = [*self.steps, *((name, "", t) for name, t in self.call.tensors.items())]
+        norms = self.modules.parts.norms.items()
+        return (
+            self.modules.feed_forward_layer_scale is None,
+            *((name, side, t.shape, t.dtype, t.device) for name, side, t in named),
+            *(
+                (name, type(norm), epsilon(norm, self.inputs[name].dtype))
+                for name, norm in norms
+            ),
+        )
 
     @property
     def steps(self) -> list[tuple[str, str, Tensor]]:
@@ -61,90 +81,162 @@ class LayerDraft:
         ]
 
 
-def project(
-    draft: LayerDraft,
-    weights: LayerWeights,
-    deviations: Mapping[str, Tensor],
-    below: Mapping[str, Tensor] | None,
-) -> dict[str, Tensor]:
-    """What a layer took and gave, in random directions.
+class Projected(NamedTuple):
+    """What is left of a layer's tensors: O(tokens) numbers each.
 
     Args:
-        draft (LayerDraft): the layer.
-        weights (LayerWeights): its weights.
-        deviations (Mapping[str, Tensor]): of its norms, (batch, tokens).
-        below (Mapping[str, Tensor] or None): what this function gave for the layer
-            below.
-
-    Returns:
-        *dict* of tensors (batch, directions, tokens): "PART.input" and "PART.output";
-        "NORM.rebuilt", its output but for the bias, and "NORM.bias"; "branch" and
-        "offset", what attention adds; and (batch, tokens): "NORM.size" and
-        "branch.size", of parts that cancel. "below" is the output of the layer below.
+        steps (dict[str, Tensor]): what must hold between, (batch, directions, tokens):
+            "PART.input" and "PART.output"; "NORM.rebuilt", its output but for the bias,
+            and "NORM.bias"; "branch" and "offset", what attention adds; "below", the
+            output of the layer below; with (batch, tokens) "NORM.size" and
+            "branch.size", of parts that cancel; with (batch, heads, directions, tokens)
+            "values" and "values.made", where it is known how values are made.
+        deviations (dict[str, Tensor]): of the norms, (batch, tokens).
+        value_probe (Tensor): the values, (batch, heads, directions + 1, tokens).
+        context_probe (Tensor): what attention gave, (batch, heads, directions, tokens).
+        context (Tensor): its shape without its memory, (batch, heads, tokens, 0).
     """
-    probes = weights.probes
-    dtype, hidden = probes.dtype, draft.inputs["layer"].shape[-1]
+
+    steps: dict[str, Tensor]
+    deviations: dict[str, Tensor]
+    value_probe: Tensor
+    context_probe: Tensor
+    context: Tensor
+
+
+def project(
+    group: Sequence[LayerDraft], weights: LayerWeights, below: Tensor | None
+) -> list[Projected]:
+    """What layers took and gave, in random directions.
+
+    Args:
+        group (sequence of LayerDraft): layers of one layout, in turn.
+        weights (LayerWeights): their weights, stacked.
+        below (Tensor or None): the projected output of the layer below the first.
+    """
+    steps = _projected_steps(group, weights, below)
+    calls = [draft.call for draft in group if draft.call is not None]
+    context = stack([call.context for call in calls]).to(weights.probes.dtype)
+    value = stack([call.value for call in calls]).to(weights.probes.dtype)
+    value_probe, signs = probed(value), head_signs(context)
+    deviations, several = _through_norms(group, weights)
+    several |= _attended(context, weights)
+    several |= _values(group, value_probe, head_signs(value))
+    for name, tensors in several.items():
+        for step, tensor in zip(steps, tensors.unbind(), strict=True):
+            step[name] = tensor
+    by_layer = {name: values.unbind() for name, values in deviations.items()}
+    empty = context.new_empty((*context.shape[1:-1], 0), dtype=calls[0].context.dtype)
+    probes = zip(value_probe.unbind(), (signs.T @ context.mT).unbind(), strict=True)
+    return [
+        Projected(
+            step, {n: values[index] for n, values in by_layer.items()}, *each, empty
+        )
+        for index, (step, each) in enumerate(zip(steps, probes, strict=True))
+    ]
+
+
+def _projected_steps(
+    group: Sequence[LayerDraft], weights: LayerWeights, below: Tensor | None
+) -> list[dict[str, Tensor]]:
+    """The vectors of the hidden size on the probes."""
+    hidden = group[0].inputs["layer"].shape[-1]
     # Often one tensor is the output of a part and the input of the next.
-    projected: dict[int, Tensor] = {}
-    if below is not None and draft.is_input_from_below:
-        projected[id(draft.inputs["layer"])] = below["layer.output"]
-    result = {}
-    for part, side, tensor in draft.steps:
-        if tensor.shape[-1] == hidden:
-            if id(tensor) not in projected:
-                projected[id(tensor)] = probes.T @ tensor.detach().to(dtype).mT
-            result[f"{part}.{side}"] = projected[id(tensor)]
-    result["below"] = result["layer.input"] if below is None else below["layer.output"]
-    scale = draft.modules.feed_forward_layer_scale
-    if scale is not None:
-        directions = probes * scale.detach().to(dtype)[:, None]
-        branch = draft.outputs["feed_forward"].detach().to(dtype)
-        result["feed_forward.output"] = directions.T @ branch.mT
-    call = draft.call
-    assert call is not None
-    heads = call.context.shape[1]
-    maps = weights.output_probes.unflatten(0, (heads, -1)).mT
-    by_head = maps @ call.context.detach().to(dtype).mT
-    result["branch"] = by_head.sum(1)
-    result["branch.size"] = by_head.square().sum((1, 2)).sqrt()
-    result["offset"] = weights.output_offset[None, :, None]
-    for name, deviation in deviations.items():
-        before = draft.inputs[name].detach().to(dtype)
-        rebuilt = weights.directions[name].T @ before.mT
-        result[f"{name}.rebuilt"] = rebuilt / deviation[:, None]
-        result[f"{name}.bias"] = weights.norm_offsets[name][None, :, None]
+    whose: dict[int, Tensor] = {}
+    known: dict[int, Tensor] = {}
+    last = None
+    for draft in group:
+        if draft.is_input_from_below and last is not None:
+            whose[id(draft.inputs["layer"])] = last
+        elif draft.is_input_from_below and below is not None:
+            known[id(draft.inputs["layer"])] = below
+        last = draft.outputs["layer"]
+    wanted = [
+        {
+            f"{part}.{side}": whose.get(id(tensor), tensor)
+            for part, side, tensor in draft.steps
+            if tensor.shape[-1] == hidden and (part, side) != ("value", "output")
+        }
+        for draft in group
+    ]
+    tensors = {id(t): t for names in wanted for t in names.values()}
+    distinct = [tensor for key, tensor in tensors.items() if key not in known]
+    most = most_at_once(distinct[0].numel()) if distinct else 1
+    for chunk in grouped(distinct, lambda group: len(group) <= most):
+        vectors = stack(chunk).to(weights.probes.dtype)
+        for tensor, on_probes in zip(chunk, (weights.probes.T @ vectors.mT).unbind()):
+            known[id(tensor)] = on_probes
+    steps = [{name: known[id(t)] for name, t in names.items()} for names in wanted]
+    scales = [draft.modules.feed_forward_layer_scale for draft in group]
+    if all(scale is not None for scale in scales):
+        scale = stack([scale for scale in scales if scale is not None])
+        branch = stack([draft.outputs["feed_forward"] for draft in group])
+        directions = weights.probes * scale.to(weights.probes)[..., None]
+        scaled = directions.mT[:, None] @ branch.to(directions).mT
+        for step, tensor in zip(steps, scaled.unbind()):
+            step["feed_forward.output"] = tensor
+    for step in steps:
+        step["below"] = step["layer.input"] if below is None else below
+        below = step["layer.output"]
+    return steps
+
+
+def _through_norms(
+    group: Sequence[LayerDraft], weights: LayerWeights
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The norms' deviations, (layers, batch, tokens), and their steps."""
+    deviations, steps = {}, {}
+    for name, module in group[0].modules.parts.norms.items():
+        before = stack([draft.inputs[name] for draft in group])
+        before = before.to(weights.probes.dtype)
+        deviation = deviations[name] = standard_deviation(module, before)
+        rebuilt = weights.directions[name].mT[:, None] @ before.mT
+        steps[f"{name}.rebuilt"] = rebuilt / deviation[:, :, None]
+        offset = weights.norm_offsets[name].mT[:, None]
+        steps[f"{name}.bias"] = offset.expand_as(rebuilt)
         # A mean that is taken away is a part that cancels.
-        size = before.square() @ weights.norms[name].gamma.square()
-        size = size.sqrt() / deviation
-        result[f"{name}.size"] = size * probes.shape[1] ** 0.5
-    return result
+        size = (before * weights.norms[name].gamma[:, None]).norm(dim=-1)
+        steps[f"{name}.size"] = size * weights.probes.shape[1] ** 0.5 / deviation
+    return deviations, steps
 
 
-def value_projections(
-    draft: LayerDraft, value_probe: Tensor, signs: Tensor
+def _attended(context: Tensor, weights: LayerWeights) -> dict[str, Tensor]:
+    """What attention adds, of (layers, batch, heads, tokens, head size)."""
+    maps = weights.output_probes.unflatten(1, (context.shape[2], -1)).mT
+    by_head = maps[:, None] @ context.mT
+    branch = by_head.sum(2)
+    return {
+        "branch": branch,
+        "branch.size": by_head.norm(dim=(2, 3)),
+        "offset": weights.output_offset.mT[:, None].expand_as(branch),
+    }
+
+
+def _values(
+    group: Sequence[LayerDraft], value_probe: Tensor, signs: Tensor
 ) -> dict[str, Tensor]:
     """The values and what the map of values made, in directions of the head size.
 
     Args:
-        draft (LayerDraft): the layer.
-        value_probe (Tensor): its values, (batch, heads, directions + 1, tokens).
+        group (sequence of LayerDraft): the layers.
+        value_probe (Tensor): (layers, batch, heads, directions + 1, tokens).
         signs (Tensor): the directions, (head size, directions).
 
     Returns:
-        *dict* of tensors (batch, heads, directions, tokens), empty where the family
-        does not say how values are made.
+        *dict* of tensors (layers, batch, heads, directions, tokens), empty where the
+        family does not say how values are made.
     """
-    if "value" not in draft.outputs:
+    if "value" not in group[0].outputs:
         return {}
-    heads, size = value_probe.shape[1], len(signs)
-    made = draft.outputs["value"].detach().to(signs.dtype)
-    made = made.unflatten(-1, (-1, size)).transpose(1, 2)
+    heads, size = value_probe.shape[2], len(signs)
+    made = stack([draft.outputs["value"] for draft in group]).to(signs.dtype)
+    made = made.unflatten(-1, (-1, size)).transpose(2, 3)
     # Queries, keys and values of one map, and heads that share values.
-    groups = made.shape[1]
+    groups = made.shape[2]
     groups = groups if groups <= heads else (groups - heads) // 2
     return {
-        "values": value_probe[:, :: heads // groups, :-1],
-        "values.made": signs.T @ made[:, -groups:].mT,
+        "values": value_probe[:, :, :: heads // groups, :-1],
+        "values.made": signs.T @ made[:, :, -groups:].mT,
     }
 
 
@@ -157,21 +249,19 @@ def unit_of(draft: LayerDraft) -> float:
 
 
 def identities_of(
-    steps: Mapping[str, Tensor], unit: float, centred: Mapping[str, bool]
+    steps: Iterable[str], unit: float, centred: Mapping[str, bool]
 ) -> list[Identity]:
-    """What must hold, the layers' outputs first.
+    """What must hold in a layer.
 
     Args:
-        steps (Mapping[str, Tensor]): as of :func:`project`, with the layers stacked in
-            front.
+        steps (iterable of str): the names of what there is, as in :class:`Projected`.
         unit (float): the rounding unit.
         centred (Mapping[str, bool]): norm → whether it takes the mean away.
     """
+    steps = set(steps)
 
     def identity(part: str, true: str, *parts: str, size: str = "") -> Identity:
-        return Identity(
-            part, steps[true], tuple(steps[p] for p in parts), unit, steps.get(size)
-        )
+        return Identity(part, true, parts, unit, size)
 
     def normed(norm: str, whose: str = "its") -> Identity:
         result = identity(
@@ -221,8 +311,3 @@ def identities_of(
     if "values" in steps:
         identities.append(identity("its values", "values", "values.made"))
     return identities
-
-
-def stacked(layers: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The same tensors of several layers, stacked."""
-    return {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}

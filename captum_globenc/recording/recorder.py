@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,22 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_globenc.encoders.parts import standard_deviation
 from captum_globenc.encoders.resolver import Encoder, LayerModules
-from captum_globenc.encoders.weights import WeightCache
+from captum_globenc.encoders.weights import LayerWeights, WeightCache
 from captum_globenc.errors import (
     InputError,
     NonFiniteActivationError,
     UnsupportedModelError,
 )
 from captum_globenc.recording.attention import AttentionCall
+from captum_globenc.recording.grouping import grouped, most_at_once
 from captum_globenc.recording.identities import (
     LayerDraft,
+    Projected,
     identities_of,
     project,
-    stacked,
     unit_of,
-    value_projections,
 )
 from captum_globenc.recording.inputs import check_image, check_mask_argument
 from captum_globenc.recording.records import (
@@ -35,8 +35,6 @@ from captum_globenc.recording.records import (
     LayerRecord,
     Version,
     check_unchanged,
-    head_signs,
-    probed,
 )
 from captum_globenc.recording.replay import first_tensor, hidden_states, replay
 from captum_globenc.recording.token_mask import (
@@ -82,9 +80,13 @@ class Recorder:
         self._differentiate = differentiate
         self._draft: LayerDraft | None = None
         self._drafts: list[LayerDraft] = []
-        self._projections: list[dict[str, Tensor]] = []
+        #: Layers that have run and are not projected yet.
+        self._waiting: list[LayerDraft] = []
+        self._steps: list[dict[str, Tensor]] = []
         self._units: list[float] = []
         self._handed: Version | None = None
+        #: The last layer's output as it made it, and as it was handed on.
+        self._states: Tensor | None = None
         self._output: Tensor | None = None
         self._has_final_norm = False
         self._given_mask: Tensor | None = None
@@ -269,18 +271,26 @@ class Recorder:
         states = first_tensor(output)
         hidden = hidden_states(args, kwargs)
         draft.args, draft.kwargs = args, dict(kwargs)
-        draft.inputs["layer"] = self._batch_first(self._as_recorded(hidden))
         draft.is_input_from_below = hidden is self._output
-        self._output = states
+        if draft.is_input_from_below and self._states is not None:
+            # As the layer below made it, without what follows gradients.
+            inputs = draft.inputs.items()
+            made = {part: self._states for part, t in inputs if t is hidden}
+            draft.inputs.update(made)
+            hidden = self._states
+        draft.inputs["layer"] = self._batch_first(self._as_recorded(hidden))
+        self._output = self._states = states
         draft.outputs["layer"] = self._batch_first(states)
         self._check_parts(draft)
         self._drafts.append(draft)
         is_last = len(self._drafts) >= len(self.encoder.layers)
         if is_last and self.encoder.final_norm is not None:
             return None  # The norm is one more part of the layer.
-        self._project(draft)
+        self._take(draft)
         if not is_last:
             return _with_states(output, self._as_leaf(states))
+        if not self.encoder.architecture.shared:
+            self._project()  # Before the head can change anything.
         return _with_states(output, self._enter_head(states))
 
     def _as_leaf(self, states: Tensor) -> Tensor | None:
@@ -328,7 +338,8 @@ class Recorder:
             draft.inputs["final_norm"] = self._batch_first(before)
             draft.outputs["final_norm"] = self._batch_first(output)
             self._has_final_norm = True
-            self._project(draft)
+            self._take(draft)
+            self._project()
         return self._enter_head(output)
 
     def _enter_head(self, states: Tensor) -> Tensor | None:
@@ -364,6 +375,8 @@ class Recorder:
                 f"{type(self.encoder.module).__name__}: the norm after its last layer "
                 "did not run; see captum_globenc.register_architecture."
             )
+        with torch.inference_mode(False):
+            self._project()
         for draft in self._drafts:
             assert draft.call is not None
             self._check_mask(draft.name, draft.call)
@@ -377,6 +390,7 @@ class Recorder:
         self._begins.clear()
         self._ends.clear()
         self._records.clear()
+        self._waiting.clear()
         self._drafts.clear()
         self.originals.clear()
 
@@ -391,38 +405,47 @@ class Recorder:
             return vectors
         return vectors.transpose(0, 1)
 
-    def _project(self, draft: LayerDraft) -> None:
-        """Keep of a layer what its record and its verification need."""
-        modules, call = draft.modules, draft.call
-        assert call is not None
-        hidden = draft.inputs["layer"].detach()
-        device = hidden.device.type
-        is_cast = torch.is_autocast_enabled(device)
-        autocast = torch.get_autocast_dtype(device) if is_cast else None
+    def _take(self, draft: LayerDraft) -> None:
+        """Project a layer that has run, as soon as there is a group of its like."""
+        device = draft.inputs["layer"].device.type
+        if torch.is_autocast_enabled(device):
+            draft.autocast = torch.get_autocast_dtype(device)
+        if self._waiting and self._waiting[-1].layout != draft.layout:
+            self._project()
+        self._waiting.append(draft)
+        if len(self._waiting) >= most_at_once(draft.inputs["layer"].numel()):
+            self._project()
+
+    def _project(self) -> None:
+        """Keep of the layers that wait what their records and verification need."""
+        drafts, self._waiting = self._waiting, []
+        if not drafts:
+            return
+        device = drafts[0].inputs["layer"].device.type
+        names = [modules.name for modules in self.encoder.layers]
+        layers = [modules.parts for modules in self.encoder.layers]
         with torch.no_grad(), torch.autocast(device, enabled=False):
-            weights = self._weights.get(modules.name, modules.parts)
-            dtype = weights.probes.dtype
-            deviations = {
-                name: standard_deviation(norm, draft.inputs[name].detach().to(dtype))
-                for name, norm in modules.parts.norms.items()
-            }
-            value, context = (v.detach().to(dtype) for v in (call.value, call.context))
-            value_probe = probed(value)
-            context_probe = head_signs(context).T @ context.mT
-            below = self._projections[-1] if self._projections else None
-            projections = {
-                **project(draft, weights, deviations, below),
-                **value_projections(draft, value_probe, head_signs(value)),
-            }
-        self._projections.append(projections)
+            indices = [names.index(draft.modules.name) for draft in drafts]
+            each = zip(drafts, self._weights.get(layers, indices), strict=True)
+            for group in grouped(each, _are_stacked):
+                weights = LayerWeights.together([weights for _, weights in group])
+                assert weights is not None
+                below = self._steps[-1]["layer.output"] if self._steps else None
+                projected = project([draft for draft, _ in group], weights, below)
+                for (draft, own), one in zip(group, projected, strict=True):
+                    self._keep_layer(draft, own, one)
+
+    def _keep_layer(
+        self, draft: LayerDraft, weights: LayerWeights, projected: Projected
+    ) -> None:
+        """What is left of a layer."""
+        assert draft.call is not None
+        self._steps.append(projected.steps)
         self._units.append(unit_of(draft))
-        tensors: dict[str, Any] = {
-            name: None if part is None else part.detach()
-            for name, part in call._asdict().items()
-            if name != "softmax_scale"
-        }
-        # Not a view, which would keep the whole.
-        tensors["context"] = call.context.detach()[..., :0].clone()
+        hidden = _detached(draft.inputs["layer"])
+        call = draft.call
+        tensors: dict[str, Any] = {n: _detached(t) for n, t in call.tensors.items()}
+        tensors["context"] = projected.context
         draft.call = call._replace(**tensors)
         # The parts' tensors were needed for the projections only.
         draft.inputs.clear()
@@ -430,21 +453,21 @@ class Recorder:
         self._records.append(
             functools.partial(
                 LayerRecord,
-                name=draft.name,
+                names=(draft.name,),
                 call=draft.call,
                 hidden=hidden,
-                deviations=deviations,
-                hidden_probe=projections["layer.input"][:, 0],
-                value_probe=value_probe,
-                context_probe=context_probe,
+                deviations=projected.deviations,
+                hidden_probe=projected.steps["layer.input"],
+                value_probe=projected.value_probe,
+                context_probe=projected.context_probe,
                 weights=weights,
                 replay=functools.partial(
                     replay,
-                    modules,
+                    draft.modules,
                     draft.args,
                     draft.kwargs,
                     self.encoder.architecture.batch_first,
-                    autocast,
+                    draft.autocast,
                 ),
                 versions=tuple(draft.versions),
             )
@@ -456,21 +479,23 @@ class Recorder:
         hidden = records[0].hidden.shape[-1]
         kinds = [
             (unit, tuple((name, v.shape) for name, v in steps.items()))
-            for unit, steps in zip(self._units, self._projections)
+            for unit, steps in zip(self._units, self._steps)
         ]
         for _, group in itertools.groupby(range(len(kinds)), key=kinds.__getitem__):
             indices = list(group)
             names = [records[index].name for index in indices]
-            steps = stacked([self._projections[index] for index in indices])
-            identities = identities_of(steps, self._units[indices[0]], centred)
-            self._check_finite(names, identities[0].true)
-            self.fits += fits(names, identities, self.token_mask, hidden)
+            steps = [self._steps[index] for index in indices]
+            identities = identities_of(steps[0], self._units[indices[0]], centred)
+            self._check_finite(names, [step["layer.output"] for step in steps])
+            self.fits += fits(names, steps, identities, self.token_mask, hidden)
 
-    def _check_finite(self, names: list[str], outputs: Tensor) -> None:
-        finite = outputs.isfinite().flatten(1).all(1).tolist()
-        if not all(finite):
+    def _check_finite(self, names: list[str], outputs: list[Tensor]) -> None:
+        values = torch.stack(outputs).flatten(1)
+        largest = torch.linalg.vector_norm(values, torch.inf, 1).tolist()
+        wrong = [n for n, size in zip(names, largest) if not math.isfinite(size)]
+        if wrong:
             raise NonFiniteActivationError(
-                f"layer {names[finite.index(False)]!r}: its activations hold NaN or "
+                f"layer {wrong[0]!r}: its activations hold NaN or "
                 "infinity, so it cannot be decomposed. Look for NaN in the weights or "
                 "inputs, or for overflow (float16?)."
             )
@@ -494,6 +519,15 @@ class Recorder:
                 "mask hides some that theirs show, or shows some that theirs hide."
             )
         self._mask = call.mask
+
+
+def _are_stacked(group: list[tuple[LayerDraft, LayerWeights]]) -> bool:
+    """Whether the weights of layers lie in one stack."""
+    return LayerWeights.together([weights for _, weights in group]) is not None
+
+
+def _detached(tensor: Tensor) -> Tensor:
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def _with_states(output: Any, states: Tensor | None) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from captum_globenc.encoders.weights import LayerWeights, random_signs
 from captum_globenc.errors import InputError
 from captum_globenc.recording.attention import AttentionCall, attention_weights
+from captum_globenc.recording.grouping import grouped, most_at_once, stack
 from captum_globenc.recording.verification import check, rounding_unit, tolerance
 
 #: A block of receivers: the same positions for all examples, or (batch, receivers)
@@ -36,7 +37,9 @@ def take(
         *Tensor* of shape (batch, receivers, ...).
     """
     if isinstance(receivers, slice):
-        return values[:, receivers]
+        tokens = values.shape[1]
+        is_all = receivers.indices(tokens) == (0, tokens, 1)
+        return values if is_all else values[:, receivers]
     examples = torch.arange(values.shape[0], device=values.device)[:, None]
     return values[examples, receivers]
 
@@ -60,15 +63,19 @@ class Version(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerRecord:
-    r"""One layer's run.
+    r"""One layer's run, or that of several layers stacked.
+
+    Of several layers, as :func:`stacked` makes it, the batch is layers × batch, layer
+    by layer, and the weights are a stack.
 
     Args:
-        name (str): the layer's name in the model.
+        names (tuple[str, ...]): the layers' names in the model.
         call (AttentionCall): what attention took and gave; ``context`` is empty.
         hidden (Tensor): the layer's input :math:`x`, (batch, tokens, hidden).
         deviations (dict[str, Tensor]): the true denominators :math:`s_i` of the norms
             after the residuals, (batch, tokens) each, by the norm's name.
-        hidden_probe (Tensor): ``hidden`` in a random direction, (batch, tokens).
+        hidden_probe (Tensor): ``hidden`` in a few random directions, (batch,
+            directions, tokens).
         value_probe (Tensor): the values in a few random directions, and their size,
             (batch, heads, directions + 1, tokens).
         context_probe (Tensor): the attention's output in these directions, (batch,
@@ -81,17 +88,22 @@ class LayerRecord:
         versions (tuple[Version, ...]): of the model's tensors that are kept here.
     """
 
-    name: str
+    names: tuple[str, ...]
     call: AttentionCall
     hidden: Float[Tensor, "batch tokens hidden"]
     deviations: dict[str, Tensor]
-    hidden_probe: Float[Tensor, "batch tokens"]
+    hidden_probe: Float[Tensor, "batch probes tokens"]
     context_probe: Float[Tensor, "batch heads directions tokens"]
     value_probe: Float[Tensor, "batch heads directions+1 tokens"]
     weights: LayerWeights
     replay: Callable[..., Tensor]
     versions: tuple[Version, ...]
     token_mask: Bool[Tensor, "batch tokens"]
+
+    @property
+    def name(self) -> str:
+        """The layer's name in the model."""
+        return self.names[0]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -143,7 +155,7 @@ class LayerRecord:
         true = take(self.context_probe.permute(0, 3, 1, 2), receivers)
         true = true.permute(0, 2, 3, 1)
         check(
-            self.name,
+            self.names,
             "the attention output",
             (true - rebuilt[:, :, :-1]).norm(dim=2),
             2 * rebuilt[:, :, -1] * slack,
@@ -186,25 +198,6 @@ class LayerRecord:
             token_mask=self.token_mask[rows],
         )
 
-    def change(self) -> Tensor:
-        """How much the kept tensors differ from those of the run, a scalar.
-
-        Writing through ``tensor.data`` or numpy bumps no version, so values are
-        compared, too.
-        """
-        with torch.no_grad(), torch.autocast(self.hidden.device.type, enabled=False):
-            hidden = self.hidden.to(self.dtype) @ self.weights.probes[:, 0]
-            value = self.call.value.to(self.dtype)
-            value = value @ head_signs(value)[:, 0]
-            pairs = (
-                (hidden, self.hidden_probe),
-                (value, self.value_probe[:, :, 0]),
-            )
-            changes = [
-                (now - then).abs().amax() / then.abs().amax() for now, then in pairs
-            ]
-            return torch.stack(changes).nan_to_num(0.0, posinf=torch.inf).amax()
-
     def _mask_of(self, receivers: Receivers) -> Tensor | None:
         """The mask of a block, (batch, heads, receivers, sources)."""
         mask = self.call.mask
@@ -217,7 +210,63 @@ class LayerRecord:
 def _no_replay(*_: Any, **__: Any) -> Tensor:
     raise InputError(
         "a layer runs again with its whole batch, and this record is of some of its "
-        "examples: declare the contribution with replays=True."
+        "examples, or of several layers: declare the contribution with replays=True, "
+        "and not with stacks=True."
+    )
+
+
+def can_be_stacked(layers: Sequence[LayerRecord]) -> bool:
+    """Whether layers have one layout, so that :func:`stacked` takes them."""
+
+    def layout(layer: LayerRecord) -> object:
+        tensors = {"hidden": layer.hidden, **layer.call.tensors}.items()
+        shapes = [(name, t.shape, t.dtype) for name, t in tensors]
+        return (shapes, list(layer.deviations), layer.call.softmax_scale)
+
+    alike = all(layout(layer) == layout(layers[0]) for layer in layers[1:])
+    return alike and LayerWeights.together([x.weights for x in layers]) is not None
+
+
+def stacked(layers: Sequence[LayerRecord]) -> LayerRecord:
+    """Several layers of one layout in one record; of one layer its own.
+
+    Args:
+        layers (sequence of LayerRecord): in turn.
+    """
+    if len(layers) == 1:
+        return layers[0]
+    weights = LayerWeights.together([layer.weights for layer in layers])
+    assert weights is not None
+    calls = [layer.call for layer in layers]
+
+    def several(tensors: Iterable[Tensor]) -> Tensor:
+        return torch.cat(list(tensors))
+
+    parts: dict[str, Any] = {
+        name: several(call.tensors[name] for call in calls)
+        for name in calls[0].tensors
+        if name not in ("mask", "context")
+    }
+    mask, batch = calls[0].mask, len(layers[0].hidden)
+    if mask is not None and (len(mask) > 1 or any(c.mask is not mask for c in calls)):
+        masks = (call.mask for call in calls if call.mask is not None)
+        parts["mask"] = several(mask.expand(batch, -1, -1, -1) for mask in masks)
+    return replace(
+        layers[0],
+        names=tuple(layer.name for layer in layers),
+        call=calls[0]._replace(**parts),
+        hidden=several(layer.hidden for layer in layers),
+        deviations={
+            name: several(layer.deviations[name] for layer in layers)
+            for name in layers[0].deviations
+        },
+        weights=weights,
+        replay=_no_replay,
+        hidden_probe=several(layer.hidden_probe for layer in layers),
+        value_probe=several(layer.value_probe for layer in layers),
+        context_probe=several(layer.context_probe for layer in layers),
+        versions=tuple(version for layer in layers for version in layer.versions),
+        token_mask=layers[0].token_mask.repeat(len(layers), 1),
     )
 
 
@@ -289,8 +338,10 @@ def check_unchanged(layers: Sequence[LayerRecord]) -> None:
     Raises:
         InputError: a tensor has been.
     """
-    changes = torch.stack([layer.change() for layer in layers]).tolist()
-    for layer, change in zip(layers, changes):
+    most = most_at_once(layers[0].hidden.numel())
+    groups = grouped(layers, lambda group: len(group) <= most and _alike(group))
+    changes = torch.cat([_changes(group) for group in groups]).tolist()
+    for layer, change in zip(layers, changes, strict=True):
         # Sums in another order; what is written is far more than rounding.
         same = change <= 16 * tolerance(0.0, layer.dtype, layer.hidden.shape[-1])
         if not same or not all(version.is_current for version in layer.versions):
@@ -299,3 +350,38 @@ def check_unchanged(layers: Sequence[LayerRecord]) -> None:
                 "it, by forward_func or later, so that they are no longer what the "
                 "layer computed with. Change copies (tensor.clone()) instead."
             )
+
+
+def _alike(group: Sequence[LayerRecord]) -> bool:
+    """Whether the last one's tensors have the shapes of the others'."""
+    first, last = (
+        [(t.shape, t.dtype) for t in (layer.hidden, layer.call.value)]
+        for layer in (group[0], group[-1])
+    )
+    return first == last
+
+
+def _changes(group: Sequence[LayerRecord]) -> Tensor:
+    """How much the kept tensors of each layer differ from those of the run, (layers).
+
+    Writing through ``tensor.data`` or numpy bumps no version, so values are compared,
+    too.
+    """
+    dtype, probes = group[0].dtype, group[0].weights.probes
+    with torch.no_grad(), torch.autocast(probes.device.type, enabled=False):
+        hidden = stack([layer.hidden for layer in group]).to(dtype) @ probes[:, 0]
+        value = stack([layer.call.value for layer in group]).to(dtype)
+        value = value @ head_signs(value)[:, 0]
+        pairs = (
+            (hidden, stack([layer.hidden_probe for layer in group])[:, :, 0]),
+            (value, stack([layer.value_probe for layer in group])[..., 0, :]),
+        )
+        changes = [_largest(now - then) / _largest(then) for now, then in pairs]
+        return torch.maximum(*(c.nan_to_num(0.0, posinf=torch.inf) for c in changes))
+
+
+def _largest(values: Tensor) -> Tensor:
+    """The largest size in each layer, (layers)."""
+    over = tuple(range(1, values.ndim))
+    largest: Tensor = torch.linalg.vector_norm(values, torch.inf, over)
+    return largest

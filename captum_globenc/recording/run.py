@@ -307,8 +307,8 @@ class EncoderRun:
         read = shares[last] > 0
         if len(shares) == 1 and bool((read.sum(-1) == 1).all()):
             # Of one token each, few rows of the top layer do.
-            index = read.int().argmax(-1)
-            return Readout.of_tokens(last, index, self.shape[1], self.dtype)
+            index = read.int().argmax(-1, keepdim=True)
+            return Readout({last: read.to(self.dtype)}, index)
         return Readout(shares, None)
 
 

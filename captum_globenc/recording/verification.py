@@ -12,21 +12,27 @@ elsewhere do not count.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from captum_globenc.errors import ReconstructionError
+from captum_globenc.recording.grouping import grouped, most_at_once
 
 # What deviations of correct layers stay below, of sums over n numbers: so many rounding
 # units of what the model computed in, and so many times the root of n of what is
 # computed here. Measured: at most 0.8 and 0.6.
 _MODEL_UNITS = 1.25
 _OWN_UNITS = 1.5
+# What an identity has at most: what it is about, and three parts.
+_TERMS = 4
 
 
+@functools.lru_cache(maxsize=256)
 def tolerance(unit: float, dtype: torch.dtype, terms: int) -> float:
     """The largest relative deviation that rounding explains.
 
@@ -75,26 +81,26 @@ class Fit(NamedTuple):
 
 
 class Identity(NamedTuple):
-    """What must be the sum of its parts in some layers, in random directions.
+    """What must be the sum of its parts in a layer, in random directions.
 
     Args:
         part (str): what it is, for the error.
-        true (Tensor): (layers, batch, ..., directions, tokens).
-        parts (tuple[Tensor, ...]): likewise; they sum to ``true``.
+        true (str): the name of its projections.
+        parts (tuple[str, ...]): those of its parts, which sum to it; three at most.
         unit (float): the rounding unit of what the model computed.
-        size (Tensor or None): (layers, batch, ..., tokens), of parts that cancel inside
-            one.
+        size (str): the name of the size of parts that cancel inside one; "": none do.
     """
 
     part: str
-    true: Tensor
-    parts: tuple[Tensor, ...]
+    true: str
+    parts: tuple[str, ...]
     unit: float
-    size: Tensor | None = None
+    size: str = ""
 
 
 def fits(
     layers: Sequence[str],
+    steps: Sequence[Mapping[str, Tensor]],
     identities: Sequence[Identity],
     token_mask: Tensor,
     hidden: int,
@@ -103,6 +109,8 @@ def fits(
 
     Args:
         layers (sequence of str): the layers' names in the model.
+        steps (sequence of Mapping[str, Tensor]): of each layer, the projections by
+            their names, (batch, ..., directions, tokens), and sizes (batch, tokens).
         identities (sequence of Identity): of these layers.
         token_mask (Tensor): (batch, tokens), False at padding, which does not count.
         hidden (int): the hidden size.
@@ -110,27 +118,55 @@ def fits(
     Returns:
         *list[Fit]*, one for each layer and identity.
     """
-    relative = []
-    for identity in identities:
-        first, *rest = identity.parts
-        rebuilt = sum(rest, first)
-        deviation = _norm(identity.true - rebuilt)
-        sizes = [_norm(part) for part in (identity.true, *identity.parts)]
-        size = sum(sizes[1:], sizes[0])
-        if identity.size is not None:
-            size = size + identity.size
-        mask = token_mask if deviation.ndim == 3 else token_mask[:, None]
-        relative.append(_relative(deviation, size, mask).flatten(1).amax(1))
+    dtype = steps[0][identities[0].true].dtype
+
+    def are_small(group: list[Identity]) -> bool:
+        true = [steps[0][identity.true] for identity in group]
+        numbers = len(steps) * _TERMS * true[0].numel()
+        return len(group) <= most_at_once(numbers) and true[-1].shape == true[0].shape
+
+    relative = [
+        _deviations(steps, group, token_mask)
+        for group in grouped(identities, are_small)
+    ]
+    largest = torch.cat(relative).tolist()
     return [
-        Fit(
-            layer,
-            identity.part,
-            deviation,
-            tolerance(identity.unit, identity.true.dtype, hidden),
-        )
-        for identity, deviations in zip(identities, torch.stack(relative).tolist())
+        Fit(layer, identity.part, deviation, tolerance(identity.unit, dtype, hidden))
+        for identity, deviations in zip(identities, largest, strict=True)
         for layer, deviation in zip(layers, deviations)
     ]
+
+
+def _deviations(
+    steps: Sequence[Mapping[str, Tensor]],
+    identities: Sequence[Identity],
+    token_mask: Tensor,
+) -> Tensor:
+    """The largest relative deviations, (identities, layers)."""
+    zero = torch.zeros_like(steps[0][identities[0].true])
+    shape = (len(identities), _TERMS, len(steps))
+    terms = torch.stack(
+        [
+            step[name] if name else zero
+            for identity in identities
+            for name, _ in itertools.zip_longest(
+                (identity.true, *identity.parts), range(_TERMS), fillvalue=""
+            )
+            for step in steps
+        ]
+    ).unflatten(0, shape)
+    deviation = _norm(terms[:, 0] - terms[:, 1:].sum(1))
+    size = _norm(terms).sum(1)
+    if any(identity.size for identity in identities):
+        no_size = zero.flatten(1, -2)[:, 0]
+        sizes = [
+            step[identity.size] if identity.size else no_size
+            for identity in identities
+            for step in steps
+        ]
+        size = size + torch.stack(sizes).unflatten(0, (shape[0], shape[2]))
+    mask = token_mask if deviation.ndim == 4 else token_mask[:, None]
+    return _relative(deviation, size, mask).flatten(2).amax(2)
 
 
 def _norm(values: Tensor) -> Tensor:
@@ -139,7 +175,7 @@ def _norm(values: Tensor) -> Tensor:
 
 
 def check(
-    layer: str,
+    layers: Sequence[str],
     part: str,
     deviation: Tensor,
     size: Tensor,
@@ -149,9 +185,9 @@ def check(
     """Raise where deviations are larger than rounding explains.
 
     Args:
-        layer (str): the layer's name in the model.
+        layers (sequence of str): the layers' names in the model.
         part (str): what is compared, for the error.
-        deviation (Tensor): (batch, ..., tokens).
+        deviation (Tensor): (layers × batch, ..., tokens).
         size (Tensor): likewise, the sum of the sizes of the parts.
         token_mask (Tensor): broadcasts to them, False at padding.
         limit (float): the largest relative deviation that rounding explains.
@@ -159,8 +195,9 @@ def check(
     Raises:
         ReconstructionError: a deviation is larger, or not a number.
     """
-    largest = float(_relative(deviation, size, token_mask).amax())
-    Fit(layer, part, largest, limit).raise_if_not()
+    relative = _relative(deviation, size, token_mask).view(len(layers), -1)
+    for layer, largest in zip(layers, relative.amax(1).tolist()):
+        Fit(layer, part, largest, limit).raise_if_not()
 
 
 def _relative(deviation: Tensor, size: Tensor, token_mask: Tensor) -> Tensor:
