@@ -113,6 +113,31 @@ def propagate(
 
 
 @torch.inference_mode(False)
+def check_block(
+    forward_func: Callable[..., Any],
+    inputs: tuple[Tensor, ...],
+    arguments: tuple[Any, ...],
+    select: Callable[[Tensor], Tensor],
+) -> None:
+    """Raise where the ids reach the output past the output of the embedding block.
+
+    Args:
+        forward_func (Callable): as for :func:`propagate`.
+        inputs (tuple[Tensor, ...]): likewise; the first are ids.
+        arguments (tuple): likewise.
+        select (Callable): likewise.
+    """
+    watcher = Watcher(inputs, ["block"], "cp", None)
+    try:
+        _, selected = watcher.run(forward_func, arguments, select)
+        watcher.read()
+        if selected.requires_grad:
+            watcher.check_block(selected)
+    finally:
+        watcher.close()
+
+
+@torch.inference_mode(False)
 def values_at(
     forward_func: Callable[..., Any],
     inputs: tuple[Tensor, ...],

@@ -106,6 +106,8 @@ class Watcher:
         self._shape: tuple[int, int] = (0, 0)
         self._lookup_turned: bool | None = None
         self._has_leaf = False
+        # The ids, or some of them, have been looked up in yet another way.
+        self._is_read_beside = False
         self.inputs = self._prepared(inputs)
 
     def _prepared(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -318,10 +320,12 @@ class Watcher:
 
     def look_up(self, ids: Tensor, weight: Tensor, result: Tensor) -> Tensor:
         """The embeddings that a lookup gave: a leaf, where it is that of the inputs."""
-        if self._tables and id(weight) not in self._tables:
-            return result
         given = self._given[0]
-        if given.is_floating_point() or ids.numel() != given.numel():
+        if given.is_floating_point():
+            return result
+        is_other_table = bool(self._tables) and id(weight) not in self._tables
+        if is_other_table or ids.numel() != given.numel():
+            self._is_read_beside |= _are_of(ids, self.inputs[0])
             return result
         same = torch.equal(ids.flatten(), given.to(ids.device).flatten())
         turned = given.ndim == 2 and torch.equal(ids, given.mT.to(ids))
@@ -357,6 +361,14 @@ class Watcher:
                 "seen: pass embeddings as inputs, to a forward_func that hands both on."
             )
 
+    def _check_beside(self, place: Place) -> None:
+        if self._is_read_beside and not isinstance(place, ModulePlace):
+            raise UnsupportedModelError(
+                "the ids are looked up in forward_func a second time, in another table "
+                "or in part, and this part of their relevance would not be seen: pass "
+                "embeddings as inputs, to a forward_func that hands both on."
+            )
+
     def read(self) -> list[At]:
         """What is at the places, in their order."""
         result: list[At] = []
@@ -364,6 +376,7 @@ class Watcher:
             if place == "inputs":
                 result += [At(leaf, leaf) for leaf in self._leaves]
             elif place in self._found:
+                self._check_beside(place)
                 result.append(self._found[place])
             else:
                 raise self._not_found(place)
@@ -503,6 +516,18 @@ def _is_stack(module: nn.Module) -> bool:
     kinds = {type(child) for child in children}
     has_parts = all(any(True for _ in child.children()) for child in children)
     return isinstance(module, nn.Sequential) and len(kinds) == 1 and has_parts
+
+
+def _are_of(ids: Tensor, given: Tensor) -> bool:
+    """Whether ids are the given ones: in their memory, or as a copy.
+
+    A row of one number or of counted numbers may be one of types or positions.
+    """
+    if ids.untyped_storage().data_ptr() == given.untyped_storage().data_ptr():
+        return True
+    steps = ids.diff()
+    is_even = bool((steps == steps[..., :1]).all())
+    return not is_even and ids.shape == given.shape and torch.equal(ids, given.to(ids))
 
 
 def _sequence_number() -> int:
