@@ -817,6 +817,8 @@ def test_layers_that_are_no_place(layered) -> None:
         layered(model, group).attribute(IDS, 1, MASK)
     with pytest.raises(InputError, match="layer Linear did not run"):
         layered(CLASSES, nn.Linear(2, 2)).attribute(IDS, 1, MASK)
+    with pytest.raises(InputError, match="pass its modules, as list"):
+        layered(CLASSES, CLASSES.model.bert.encoder.layer).attribute(IDS, 1, MASK)
     table = CLASSES.model.bert.embeddings.word_embeddings
     with pytest.raises(InputError, match="Embedding has no tensor of numbers that"):
         layered(CLASSES, table).attribute(IDS, 1, MASK, attribute_to_layer_input=True)

@@ -436,8 +436,11 @@ class Watcher:
 
     def _not_found(self, place: Place) -> Exception:
         if isinstance(place, ModulePlace):
+            is_list = isinstance(place.module, nn.ModuleList)
+            hint = ": pass its modules, as list(layer)" if is_list else ""
             return InputError(
-                f"layer {type(place.module).__name__} did not run in forward_func."
+                f"layer {type(place.module).__name__} did not run in "
+                f"forward_func{hint}."
             )
         if not self._has_leaf:
             return UnsupportedModelError(
