@@ -83,7 +83,7 @@ def propagate(
             )
         leaves = [*watcher.operations.leaves.values(), *watcher.ledger.biases]
         check_graph(selected, leaves, watcher.modules())
-        watcher.check_block(selected)
+        watcher.check_places(selected)
         read = [*(at.edge for at in found), *leaves]
         with as_own_errors():
             gradients = torch.autograd.grad(selected.sum(), read, allow_unused=True)
@@ -132,7 +132,7 @@ def check_block(
         _, selected = watcher.run(forward_func, arguments, select)
         watcher.read()
         if selected.requires_grad:
-            watcher.check_block(selected)
+            watcher.check_places(selected)
     finally:
         watcher.close()
 

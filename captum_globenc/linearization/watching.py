@@ -106,8 +106,8 @@ class Watcher:
         self._shape: tuple[int, int] = (0, 0)
         self._lookup_turned: bool | None = None
         self._has_leaf = False
-        # The ids, or some of them, have been looked up in yet another way.
-        self._is_read_beside = False
+        # What lookups of the ids in other tables, or of some of them, gave.
+        self._beside: list[Tensor] = []
         self.inputs = self._prepared(inputs)
 
     def _prepared(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -287,9 +287,7 @@ class Watcher:
             if self._points is not None:
                 value = replaced(value, self._points.to(value), self.ledger)
             elif not value.requires_grad or _is_parameter(value):
-                leaf = value.detach().clone().requires_grad_()
-                self.operations.leaves[id(leaf)] = leaf
-                value = leaf.clone()
+                value = self._leaf(value).clone()
             forget(value)
             # Code may write to it later.
             values, edge = value.detach().clone(), get_gradient_edge(value)
@@ -325,8 +323,10 @@ class Watcher:
             return result
         is_other_table = bool(self._tables) and id(weight) not in self._tables
         if is_other_table or ids.numel() != given.numel():
-            self._is_read_beside |= _are_of(ids, self.inputs[0])
-            return result
+            if not _are_of(ids, self.inputs[0]):
+                return result
+            self._beside.append(leaf := self._leaf(result))
+            return leaf.clone()
         same = torch.equal(ids.flatten(), given.to(ids.device).flatten())
         turned = given.ndim == 2 and torch.equal(ids, given.mT.to(ids))
         turned = turned and (not same or ids.shape != given.shape)
@@ -342,16 +342,19 @@ class Watcher:
                 "pass embeddings as inputs."
             )
         self._has_leaf = True
-        leaf = result.detach()
         if self._points is not None and "word_embeddings" in self._places:
-            leaf = self._points.to(leaf)
-        leaf = leaf.clone().requires_grad_()
-        self.operations.leaves[id(leaf)] = leaf
+            result = self._points.to(result)
+        leaf = self._leaf(result)
         if "word_embeddings" in self._places:
             self._found["word_embeddings"] = At(leaf, leaf, self._lookup_turned)
             if self._ends_there:
                 raise Found
         return leaf.clone()  # The model may write to it.
+
+    def _leaf(self, value: Tensor) -> Tensor:
+        leaf = value.detach().clone().requires_grad_()
+        self.operations.leaves[id(leaf)] = leaf
+        return leaf
 
     def _check_shift(self, ids: Tensor, given: Tensor) -> None:
         if torch.equal(ids[..., 1:], given[..., :-1]):
@@ -361,14 +364,6 @@ class Watcher:
                 "seen: pass embeddings as inputs, to a forward_func that hands both on."
             )
 
-    def _check_beside(self, place: Place) -> None:
-        if self._is_read_beside and not isinstance(place, ModulePlace):
-            raise UnsupportedModelError(
-                "the ids are looked up in forward_func a second time, in another table "
-                "or in part, and this part of their relevance would not be seen: pass "
-                "embeddings as inputs, to a forward_func that hands both on."
-            )
-
     def read(self) -> list[At]:
         """What is at the places, in their order."""
         result: list[At] = []
@@ -376,17 +371,23 @@ class Watcher:
             if place == "inputs":
                 result += [At(leaf, leaf) for leaf in self._leaves]
             elif place in self._found:
-                self._check_beside(place)
                 result.append(self._found[place])
             else:
                 raise self._not_found(place)
         return result
 
-    def check_block(self, selected: Tensor) -> None:
-        """Raise where more leads from the word embeddings to the output than a place.
-
-        Then the place is not the output of the embedding block.
-        """
+    def check_places(self, selected: Tensor) -> None:
+        """Raise where more leads from the ids to the output than the place for them."""
+        at = self._found.get("block", self._found.get("word_embeddings"))
+        if at is not None and self._beside:
+            node = getattr(at.edge, "node", None)
+            if goes_around(selected, node, self._beside):
+                raise UnsupportedModelError(
+                    "the ids are looked up in forward_func a second time, in another "
+                    "table or in part, and this part of their relevance would not be "
+                    "seen: pass embeddings as inputs, to a forward_func that hands "
+                    "both on."
+                )
         at = self._found.get("block")
         if at is None or at.edge.node is None:
             return
@@ -406,6 +407,7 @@ class Watcher:
         """Let go of the run: cycles would keep its tensors."""
         self.operations.leaves.clear()
         self.ledger.biases.clear()
+        self._beside.clear()
         self._found.clear()
         self._nodes.clear()
         self._leaves = []
