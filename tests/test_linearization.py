@@ -1277,6 +1277,9 @@ def test_low_rank_adapters() -> None:
     adapted = peft.get_peft_model(build("bert"), config).double().train()
     found = [method(adapted).attribute(IDS, 1, (MASK,)) for method in METHODS]
     assert adapted.training
+    # The word embeddings are the sum of two lookups.
+    with pytest.raises(UnsupportedModelError, match="a second time, in another table"):
+        AttnLRP(adapted, place="word_embeddings").attribute(IDS, 1, (MASK,))
     merged = adapted.eval().merge_and_unload()
     for method, scores in zip(METHODS, found):
         expected = method(merged).attribute(IDS, 1, (MASK,))

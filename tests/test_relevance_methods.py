@@ -817,6 +817,8 @@ def test_layers_that_are_no_place(layered) -> None:
         layered(model, group).attribute(IDS, 1, MASK)
     with pytest.raises(InputError, match="layer Linear did not run"):
         layered(CLASSES, nn.Linear(2, 2)).attribute(IDS, 1, MASK)
+    with pytest.raises(InputError, match="pass its modules, as list"):
+        layered(CLASSES, CLASSES.model.bert.encoder.layer).attribute(IDS, 1, MASK)
     table = CLASSES.model.bert.embeddings.word_embeddings
     with pytest.raises(InputError, match="Embedding has no tensor of numbers that"):
         layered(CLASSES, table).attribute(IDS, 1, MASK, attribute_to_layer_input=True)
@@ -1006,6 +1008,8 @@ def test_a_decoder_that_reads_the_same_ids(method) -> None:
     model = randomize(t.BartForSequenceClassification(config)).double().eval()
     with pytest.raises(UnsupportedModelError, match="shifted by one for a decoder"):
         method(model).attribute(IDS, 1, MASK)
+    with pytest.raises(UnsupportedModelError, match="shifted by one for a decoder"):
+        DecompX(model, biases="absdot").attribute(IDS, 1, MASK)
     table = model.get_input_embeddings()
     shifted = model.model.decoder.config.decoder_start_token_id + 0 * IDS
     shifted[:, 1:] = IDS[:, :-1]
@@ -1022,6 +1026,40 @@ def test_a_decoder_that_reads_the_same_ids(method) -> None:
     output = plain(model, IDS, MASK).logits[:, 1]
     assert all(part.any() for part in parts)
     torch.testing.assert_close(sum(map(total, parts)) + delta, output, **EXACT)
+
+
+@pytest.mark.parametrize("biases", ["none", "absdot"])
+def test_ids_that_are_read_beside_the_model(biases: str) -> None:
+    """In another table, in part, by a second model, or in another order."""
+    bag = randomize(nn.Embedding(97, 3)).double()
+    table = CLASSES.model.get_input_embeddings()
+    beside = {
+        "another table": lambda ids, mask: CLASSES(ids, mask) + bag(ids).sum(1),
+        "in front": lambda ids, mask: bag(ids).sum(1) + CLASSES(ids, mask),
+        "a copy": lambda ids, mask: CLASSES(ids, mask) + bag(ids.clone()).sum(1),
+        "in part": lambda ids, mask: CLASSES(ids, mask) + table(ids[:, :2]).sum(),
+    }
+    for forward in beside.values():
+        with pytest.raises(UnsupportedModelError, match=r"twice|second time"):
+            DecompX(forward, biases=biases).attribute(IDS, 1, MASK)
+
+    def twice(ids: Tensor, mask: Tensor) -> Tensor:
+        return CLASSES(ids, mask) + CLASSES(ids, mask)
+
+    def flipped(ids: Tensor, mask: Tensor) -> Tensor:
+        return CLASSES(ids.flip(1), mask.flip(1))
+
+    for forward, what in ((twice, "looked up twice"), (flipped, "not looked up")):
+        with pytest.raises(UnsupportedModelError, match=what):
+            DecompX(forward, biases=biases).attribute(IDS, 1, MASK)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_ids_that_look_like_types_or_positions(method) -> None:
+    """They are not taken for a second lookup of the ids."""
+    for ids in (torch.zeros_like(IDS), torch.arange(IDS.shape[1]).expand_as(IDS)):
+        method(CLASSES).attribute(ids, 1, MASK)
+        method(CLASSES).attribute(IDS, 1, MASK, baselines=ids, n_steps=2)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

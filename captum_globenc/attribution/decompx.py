@@ -17,6 +17,7 @@ from captum_globenc.attribution.linearized import (
 )
 from captum_globenc.attribution.relevance import Baselines, selector
 from captum_globenc.errors import InputError, named
+from captum_globenc.linearization.run import check_block
 from captum_globenc.linearization.spreading.shares import WEIGHTS
 from captum_globenc.linearization.spreading.spread import spread
 
@@ -116,6 +117,8 @@ class DecompX(LinearizedAttribution):
                 'use biases="none" for images.'
             )
         select = selector(target, len(first))
+        if not first.is_floating_point():
+            check_block(self.forward_func, tensors, arguments, select)
         found = spread(self.forward_func, tensors, arguments, select, self.biases)
         scores = found.relevance.to(first.device)
         result = [shaped_like(scores, first).reshape(first.shape)]

@@ -83,7 +83,7 @@ def propagate(
             )
         leaves = [*watcher.operations.leaves.values(), *watcher.ledger.biases]
         check_graph(selected, leaves, watcher.modules())
-        watcher.check_block(selected)
+        watcher.check_places(selected)
         read = [*(at.edge for at in found), *leaves]
         with as_own_errors():
             gradients = torch.autograd.grad(selected.sum(), read, allow_unused=True)
@@ -108,6 +108,31 @@ def propagate(
                 gradients[:bottom],
                 tuple(at.is_turned for at in found),
             )
+    finally:
+        watcher.close()
+
+
+@torch.inference_mode(False)
+def check_block(
+    forward_func: Callable[..., Any],
+    inputs: tuple[Tensor, ...],
+    arguments: tuple[Any, ...],
+    select: Callable[[Tensor], Tensor],
+) -> None:
+    """Raise where the ids reach the output past the output of the embedding block.
+
+    Args:
+        forward_func (Callable): as for :func:`propagate`.
+        inputs (tuple[Tensor, ...]): likewise; the first are ids.
+        arguments (tuple): likewise.
+        select (Callable): likewise.
+    """
+    watcher = Watcher(inputs, ["block"], "cp", None)
+    try:
+        _, selected = watcher.run(forward_func, arguments, select)
+        watcher.read()
+        if selected.requires_grad:
+            watcher.check_places(selected)
     finally:
         watcher.close()
 

@@ -106,6 +106,8 @@ class Watcher:
         self._shape: tuple[int, int] = (0, 0)
         self._lookup_turned: bool | None = None
         self._has_leaf = False
+        # What lookups of the ids in other tables, or of some of them, gave.
+        self._beside: list[Tensor] = []
         self.inputs = self._prepared(inputs)
 
     def _prepared(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -285,9 +287,7 @@ class Watcher:
             if self._points is not None:
                 value = replaced(value, self._points.to(value), self.ledger)
             elif not value.requires_grad or _is_parameter(value):
-                leaf = value.detach().clone().requires_grad_()
-                self.operations.leaves[id(leaf)] = leaf
-                value = leaf.clone()
+                value = self._leaf(value).clone()
             forget(value)
             # Code may write to it later.
             values, edge = value.detach().clone(), get_gradient_edge(value)
@@ -318,11 +318,15 @@ class Watcher:
 
     def look_up(self, ids: Tensor, weight: Tensor, result: Tensor) -> Tensor:
         """The embeddings that a lookup gave: a leaf, where it is that of the inputs."""
-        if self._tables and id(weight) not in self._tables:
-            return result
         given = self._given[0]
-        if given.is_floating_point() or ids.numel() != given.numel():
+        if given.is_floating_point():
             return result
+        is_other_table = bool(self._tables) and id(weight) not in self._tables
+        if is_other_table or ids.numel() != given.numel():
+            if not _are_of(ids, self.inputs[0]):
+                return result
+            self._beside.append(leaf := self._leaf(result))
+            return leaf.clone()
         same = torch.equal(ids.flatten(), given.to(ids.device).flatten())
         turned = given.ndim == 2 and torch.equal(ids, given.mT.to(ids))
         turned = turned and (not same or ids.shape != given.shape)
@@ -338,16 +342,19 @@ class Watcher:
                 "pass embeddings as inputs."
             )
         self._has_leaf = True
-        leaf = result.detach()
         if self._points is not None and "word_embeddings" in self._places:
-            leaf = self._points.to(leaf)
-        leaf = leaf.clone().requires_grad_()
-        self.operations.leaves[id(leaf)] = leaf
+            result = self._points.to(result)
+        leaf = self._leaf(result)
         if "word_embeddings" in self._places:
             self._found["word_embeddings"] = At(leaf, leaf, self._lookup_turned)
             if self._ends_there:
                 raise Found
         return leaf.clone()  # The model may write to it.
+
+    def _leaf(self, value: Tensor) -> Tensor:
+        leaf = value.detach().clone().requires_grad_()
+        self.operations.leaves[id(leaf)] = leaf
+        return leaf
 
     def _check_shift(self, ids: Tensor, given: Tensor) -> None:
         if torch.equal(ids[..., 1:], given[..., :-1]):
@@ -369,11 +376,18 @@ class Watcher:
                 raise self._not_found(place)
         return result
 
-    def check_block(self, selected: Tensor) -> None:
-        """Raise where more leads from the word embeddings to the output than a place.
-
-        Then the place is not the output of the embedding block.
-        """
+    def check_places(self, selected: Tensor) -> None:
+        """Raise where more leads from the ids to the output than the place for them."""
+        at = self._found.get("block", self._found.get("word_embeddings"))
+        if at is not None and self._beside:
+            node = getattr(at.edge, "node", None)
+            if goes_around(selected, node, self._beside):
+                raise UnsupportedModelError(
+                    "the ids are looked up in forward_func a second time, in another "
+                    "table or in part, and this part of their relevance would not be "
+                    "seen: pass embeddings as inputs, to a forward_func that hands "
+                    "both on."
+                )
         at = self._found.get("block")
         if at is None or at.edge.node is None:
             return
@@ -393,6 +407,7 @@ class Watcher:
         """Let go of the run: cycles would keep its tensors."""
         self.operations.leaves.clear()
         self.ledger.biases.clear()
+        self._beside.clear()
         self._found.clear()
         self._nodes.clear()
         self._leaves = []
@@ -423,8 +438,11 @@ class Watcher:
 
     def _not_found(self, place: Place) -> Exception:
         if isinstance(place, ModulePlace):
+            is_list = isinstance(place.module, nn.ModuleList)
+            hint = ": pass its modules, as list(layer)" if is_list else ""
             return InputError(
-                f"layer {type(place.module).__name__} did not run in forward_func."
+                f"layer {type(place.module).__name__} did not run in "
+                f"forward_func{hint}."
             )
         if not self._has_leaf:
             return UnsupportedModelError(
@@ -503,6 +521,18 @@ def _is_stack(module: nn.Module) -> bool:
     kinds = {type(child) for child in children}
     has_parts = all(any(True for _ in child.children()) for child in children)
     return isinstance(module, nn.Sequential) and len(kinds) == 1 and has_parts
+
+
+def _are_of(ids: Tensor, given: Tensor) -> bool:
+    """Whether ids are the given ones: in their memory, or as a copy.
+
+    A row of one number or of counted numbers may be one of types or positions.
+    """
+    if ids.untyped_storage().data_ptr() == given.untyped_storage().data_ptr():
+        return True
+    steps = ids.diff()
+    is_even = bool((steps == steps[..., :1]).all())
+    return not is_even and ids.shape == given.shape and torch.equal(ids, given.to(ids))
 
 
 def _sequence_number() -> int:
