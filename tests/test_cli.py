@@ -112,7 +112,7 @@ def test_explain_prints_the_default_methods_under_one_another() -> None:
     headings = [line.split()[0] for line in lines if line.endswith(" s")]
     assert headings == ["globenc", "attnlrp", "decompx", "integrated_gradients"]
     sentences = [line.split() for line in lines if line.startswith("[CLS]")]
-    assert sentences == [["[CLS]", "a", "lovely", "film", ".", "[SEP]"]] * 3
+    assert sentences == [["[CLS]", "a", "lovely", "film", ".", "[SEP]"]] * 4
     assert result.stderr == ""
 
 

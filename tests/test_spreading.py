@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from captum_globenc import DecompX
 from captum_globenc.errors import (
     ConservationError,
     InputError,
@@ -420,3 +421,21 @@ def test_the_literal_twin(name: str, rule: str) -> None:
 
         found, _ = decompose(model, (inputs[None],), (), select, rule)
         assert error(found.relevance[0], expected[:, target]) <= 1e-10
+
+
+def test_embeddings_that_go_past_the_layers_are_refused() -> None:
+    """What goes around them would pass for a bias."""
+    model, ids = model_of("bert"), sentence(6)[None]
+    embeddings = model.get_input_embeddings()(ids).detach()
+
+    def through(x: Tensor) -> Tensor:
+        return model(inputs_embeds=x).logits
+
+    def around(x: Tensor) -> Tensor:
+        return through(x) + 100 * x.sum(1)[:, :3]
+
+    found = DecompX(through, biases="absdot").attribute(embeddings, target=1)
+    output = through(embeddings)[:, 1].detach()
+    torch.testing.assert_close(found.sum((1, 2)), output, **EXACT)
+    with pytest.raises(UnsupportedModelError, match="is not all that the output"):
+        DecompX(around, biases="absdot").attribute(embeddings, target=1)

@@ -117,8 +117,7 @@ class DecompX(LinearizedAttribution):
                 'use biases="none" for images.'
             )
         select = selector(target, len(first))
-        if not first.is_floating_point():
-            check_block(self.forward_func, tensors, arguments, select)
+        check_block(self.forward_func, tensors, arguments, select)
         found = spread(self.forward_func, tensors, arguments, select, self.biases)
         scores = found.relevance.to(first.device)
         result = [shaped_like(scores, first).reshape(first.shape)]

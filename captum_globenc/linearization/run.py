@@ -119,11 +119,11 @@ def check_block(
     arguments: tuple[Any, ...],
     select: Callable[[Tensor], Tensor],
 ) -> None:
-    """Raise where the ids reach the output past the output of the embedding block.
+    """Raise where inputs reach the output past the output of the embedding block.
 
     Args:
         forward_func (Callable): as for :func:`propagate`.
-        inputs (tuple[Tensor, ...]): likewise; the first are ids.
+        inputs (tuple[Tensor, ...]): likewise; the first are ids or embeddings.
         arguments (tuple): likewise.
         select (Callable): likewise.
     """

@@ -117,6 +117,8 @@ class Watcher:
         """
         self._given = inputs
         self._leaves: list[Tensor] = []
+        if inputs[0].is_floating_point() and inputs[0].ndim > 1:
+            self._shape = (inputs[0].shape[0], inputs[0].shape[1])
         result = []
         with torch.inference_mode(False), torch.enable_grad():
             for tensor in inputs:
@@ -244,7 +246,8 @@ class Watcher:
     def _is_input_of(self, module: nn.Module, place: Place) -> bool:
         if isinstance(place, ModulePlace):
             return place.is_input and place.module is module
-        is_sought = place == "block" and self._has_leaf and self._first_layer is None
+        has_begun = self._has_leaf or self._given[0].is_floating_point()
+        is_sought = place == "block" and has_begun and self._first_layer is None
         return is_sought and module in self._stacked
 
     def _is_turned(self, place: Place, module: nn.Module, value: Tensor) -> bool:
@@ -391,10 +394,12 @@ class Watcher:
         at = self._found.get("block")
         if at is None or at.edge.node is None:
             return
+        has_ids = not self._given[0].is_floating_point()
+        beside = self._leaves if has_ids else self._leaves[1:]
         leaves = [
             leaf
             for leaf in self.operations.leaves.values()
-            if not any(leaf is given for given in self._leaves)
+            if not any(leaf is given for given in beside)
         ]
         if goes_around(selected, at.edge.node, leaves):
             raise UnsupportedModelError(
