@@ -79,6 +79,7 @@ def main() -> None:
     arguments.add_argument("--output", type=Path, default=Path("docs/benchmark"))
     arguments.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
     arguments.add_argument("--limit", type=int, default=SENTENCES)
+    arguments.add_argument("--processes", type=int, default=1)
     options = arguments.parse_args()
     results, papers = {}, {}
     for name in options.models:
@@ -91,6 +92,7 @@ def main() -> None:
             COMPARED,
             label_column="label",
             limit=options.limit,
+            processes=options.processes,
             output=options.runs / name,
         )
         results[name].save(options.output / name)

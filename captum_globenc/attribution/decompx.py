@@ -128,6 +128,9 @@ class DecompX(LinearizedAttribution):
 class LayerDecompX(LayerLinearizedAttribution):
     """DecompX without biases for what goes into a module or comes out of it.
 
+    At the embeddings, the biases of the first layer's values, which
+    :class:`~captum_globenc.DecompX` gives to their tokens, are in the delta.
+
     Args:
         forward_func (Callable): as for :class:`~captum_globenc.DecompX`.
         layer (nn.Module or list[nn.Module]): where relevance is read: any module.
