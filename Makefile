@@ -75,6 +75,7 @@ wheel: $(VENV)/installed-test
 bench: $(VENV)/installed-tools
 	$(BIN)/python benchmarks/cost.py --slow-rounds 0 --output benchmarks/cost.json
 	$(BIN)/python benchmarks/cost.py --single-tokens --output benchmarks/cost-slow.json
+	$(BIN)/python benchmarks/relevance_cost.py --output benchmarks/relevance-cost.json
 
 picture: $(VENV)/installed
 	$(BIN)/python docs/make_picture.py
