@@ -26,7 +26,7 @@ class Contribution:
         replays (bool, optional): it runs the layer again, which runs whole batches: it
             is given no record of a part of the batch. Default: False.
         stacks (bool, optional): it takes records of several layers stacked, see
-            :func:`~captum_globenc.recording.records.stacked`. Default: False, it is
+            ``captum_globenc.recording.records.stacked``. Default: False, it is
             given one layer after another.
     """
 

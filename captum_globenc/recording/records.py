@@ -65,7 +65,7 @@ class Version(NamedTuple):
 class LayerRecord:
     r"""One layer's run, or that of several layers stacked.
 
-    Of several layers, as :func:`stacked` makes it, the batch is layers × batch, layer
+    Of several layers, as ``stacked`` makes it, the batch is layers × batch, layer
     by layer, and the weights are a stack.
 
     Args:
@@ -216,7 +216,7 @@ def _no_replay(*_: Any, **__: Any) -> Tensor:
 
 
 def can_be_stacked(layers: Sequence[LayerRecord]) -> bool:
-    """Whether layers have one layout, so that :func:`stacked` takes them."""
+    """Whether layers have one layout, so that ``stacked`` takes them."""
 
     def layout(layer: LayerRecord) -> object:
         tensors = {"hidden": layer.hidden, **layer.call.tensors}.items()
