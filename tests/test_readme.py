@@ -166,8 +166,9 @@ def test_cost_table() -> None:
         ]
         for name, figures in run["methods"].items()
     }
+    table = readme.partition("For GlobEnc, the table shows")[2].partition("\n## ")[0]
     rows = re.findall(
-        r"^\| \**(.+?)\** \| \**([\d.]+)\** \| \**([\d.]+)\** \|$", readme, re.M
+        r"^\| \**(.+?)\** \| \**([\d.]+)\** \| \**([\d.]+)\** \|$", table, re.M
     )
     assert len(rows) == 4
     for title, *figures in rows:
@@ -190,3 +191,50 @@ def test_citation() -> None:
     for key in ("doi", "year", "start", "end"):
         value = re.search(rf"^  {key}: (.*)$", cited, re.M)[1]  # type: ignore[index]
         assert value in readme
+
+
+def test_relevance_cost_table() -> None:
+    """The figures of AttnLRP and DecompX are those of the benchmark's file."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    path = ROOT / "benchmarks" / "relevance-cost.json"
+    measured = json.loads(path.read_text("utf-8"))
+    table = readme.partition("## How expensive is it?")[2].partition("\n## ")[0]
+    rows = re.findall(
+        r"^\| (\w[^|]*?) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", table, re.M
+    )
+    assert [title for title, *_ in rows] == [
+        "AttnLRP",
+        "DecompX",
+        "DecompX, three points",
+    ]
+    for title, *figures in rows:
+        name = title.replace("three", "3")
+        for shape, figure in zip(("1x128", "8x128", "1x512"), figures, strict=True):
+            assert float(figure) == round(measured[shape][name][1], 2)
+
+
+def test_quality_table() -> None:
+    """The figures of masking are those of the reports."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    names = {
+        "GlobEnc": "globenc",
+        "AttnLRP": "attnlrp",
+        "DecompX": "decompx",
+        "DecompX, three points from [PAD]": "integrated_decompx",
+        "Captum's IntegratedGradients, 50 steps": "integrated_gradients",
+        "Captum's KernelShap, 200 samples": "kernel_shap",
+    }
+    means = {}
+    for report in ("six-layer", "embedded"):
+        lines = (ROOT / "docs" / "benchmark" / report / "table.csv").read_text("utf-8")
+        for method, measure, mean, *_ in (line.split(",") for line in lines.split()):
+            means[report, method, measure] = mean
+    rows = re.findall(
+        r"^\| \**(.+?)\** \| \**([\d.]+)\** \| \**([\d.]+)\** \| \**[\d +]+\** \|$",
+        readme,
+        re.M,
+    )
+    assert [title for title, *_ in rows] == list(names)
+    for title, *figures in rows:
+        for report, figure in zip(("six-layer", "embedded"), figures, strict=True):
+            assert float(figure) == round(float(means[report, names[title], "aopc"]), 3)
