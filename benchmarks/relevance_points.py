@@ -21,16 +21,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from captum_globenc import AttnLRP, DecompX, demo
+from captum_globenc import AttnLRP, DecompX
 from captum_globenc.evaluation import benchmark
 
-sys.path.append(str(Path(__file__).parents[1] / "tutorials"))
+sys.path += [str(Path(__file__).parents[1] / name) for name in ("docs", "tutorials")]
+from make_report import MODELS, load
 from train_demo_classifier import read_sentences
 
 MEASURES = ("aopc", "comprehensiveness", "sufficiency", "leave_one_out_tau")
@@ -44,7 +43,7 @@ def main() -> None:
     arguments.add_argument("--work", type=Path, default=Path("build/demo"))
     arguments.add_argument("--limit", type=int, default=200)
     arguments.add_argument("--measures", nargs="+", default=list(MEASURES))
-    arguments.add_argument("--models", nargs="+", default=["embedded", "six-layer"])
+    arguments.add_argument("--models", nargs="+", default=MODELS)
     arguments.add_argument("--runs", type=Path, default=Path("build/points"))
     options = arguments.parse_args()
     films = options.work / "held_out.jsonl"
@@ -68,15 +67,6 @@ def main() -> None:
             (options.runs / f"{name}-{kind}.json").write_text(
                 json.dumps(table.to_dict("index"), indent=1)
             )
-
-
-def load(name: str, work: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A classifier and its tokenizer."""
-    if name == "embedded":
-        return demo.load_classifier()
-    folder = work / "six-layer-film-reviews"
-    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype="float32")
-    return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 
 def settings(

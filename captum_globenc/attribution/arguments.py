@@ -46,6 +46,34 @@ def as_tensors(inputs: object) -> tuple[Tensor, ...]:
     return tensors
 
 
+def check_function(forward_func: object) -> None:
+    """Raise TypeError where it cannot be called."""
+    if not callable(forward_func):
+        raise TypeError(
+            "forward_func must be a model or a function, got "
+            f"{type(forward_func).__name__}: {forward_func!r}"
+        )
+
+
+def layers_in(layer: object) -> list[nn.Module]:
+    """The layer of a layer method, or the layers of its list.
+
+    Raises:
+        TypeError: it is neither.
+        InputError: the list is empty.
+    """
+    layers: list[Any] = layer if isinstance(layer, list) else [layer]
+    for part in layers:
+        if not isinstance(part, nn.Module):
+            raise TypeError(
+                "layer must be an nn.Module or a list of them, got "
+                f"{type(part).__name__}: {shown(part)}"
+            )
+    if not layers:
+        raise InputError("layer must name at least one module, got [].")
+    return layers
+
+
 def check_call(model: nn.Module, arguments: tuple[Any, ...]) -> None:
     """Raise where a mask takes the place of another argument, or has a wrong shape.
 

@@ -23,6 +23,7 @@ from captum_globenc.attribution.arguments import (
     TokenIndex,
     as_tensors,
     check_call,
+    check_function,
     check_target,
     readout_at,
     share,
@@ -71,11 +72,7 @@ class RolloutAttribution(Attribution):
         normalize: bool = False,
         readout: ReadoutKind = "gradient",
     ) -> None:
-        if not callable(forward_func):
-            raise TypeError(
-                "forward_func must be a model or a function, got "
-                f"{type(forward_func).__name__}: {forward_func!r}"
-            )
+        check_function(forward_func)
         if encoder is not None and not isinstance(encoder, nn.Module):
             raise TypeError(
                 f"encoder must be an nn.Module, got {type(encoder).__name__}."

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from captum_globenc._captum import TargetType, TensorOrTupleOfTensorsGeneric
 from captum_globenc.attribution.adapters import shaped_like
-from captum_globenc.attribution.arguments import TokenIndex, shown
+from captum_globenc.attribution.arguments import TokenIndex, layers_in
 from captum_globenc.attribution.class_aware import LocalScoreRollout
 from captum_globenc.errors import InputError
 from captum_globenc.recording.readout import ReadoutKind
@@ -72,15 +72,7 @@ class LayerGlobEnc(LocalScoreRollout, LayerAttribution):
         readout: ReadoutKind = "gradient",
         class_aware: bool = False,
     ) -> None:
-        layers = layer if isinstance(layer, list) else [layer]
-        for part in layers:
-            if not isinstance(part, nn.Module):
-                raise TypeError(
-                    "layer must be an nn.Module or a list of them, got "
-                    f"{type(part).__name__}: {shown(part)}"
-                )
-        if not layers:
-            raise InputError("layer must name at least one module, got [].")
+        layers_in(layer)
         LocalScoreRollout.__init__(
             self,
             forward_func,
@@ -132,7 +124,7 @@ class LayerGlobEnc(LocalScoreRollout, LayerAttribution):
             NonFiniteActivationError: NaN or infinity in a layer.
         """
         self._checked(inputs, target)
-        layers = self.layer if isinstance(self.layer, list) else [self.layer]
+        layers = layers_in(self.layer)
         needs_gradient = self._needs_gradient(token_index)
         run = self._run(inputs, additional_forward_args, needs_gradient)
         shapes = [_hidden_of(layer, run, attribute_to_layer_input) for layer in layers]

@@ -20,9 +20,10 @@ from captum_globenc._captum import (
 from captum_globenc.attribution.arguments import (
     as_tensors,
     check_call,
+    check_function,
     check_target,
+    layers_in,
     share,
-    shown,
 )
 from captum_globenc.attribution.relevance import (
     Baselines,
@@ -66,7 +67,7 @@ class LinearizedAttribution(Attribution):
         place: TokenPlace,
         keeps_own_biases: bool = False,
     ) -> None:
-        _check_function(forward_func)
+        check_function(forward_func)
         named(_RULES, rule, "attention rule")
         named(_PLACES, place, "place")
         Attribution.__init__(self, forward_func)
@@ -148,12 +149,14 @@ class LinearizedAttribution(Attribution):
                 constants.
             NonFiniteActivationError: NaN or infinity in the output.
         """
-        tensors = as_tensors(inputs)
-        arguments = format_additional_forward_args(additional_forward_args) or ()
-        check_target(target, len(tensors[0]))
-        check_steps(n_steps, baselines)
-        if isinstance(self.forward_func, nn.Module):
-            check_call(self.forward_func, (*tensors, *arguments))
+        tensors, arguments = _checked(
+            self.forward_func,
+            inputs,
+            target,
+            additional_forward_args,
+            baselines,
+            n_steps,
+        )
         found = [
             self._attribute(
                 tuple(share(tensor, rows, batch) for tensor in tensors),
@@ -233,16 +236,9 @@ class LayerLinearizedAttribution(LayerAttribution):
         device_ids: list[int] | None,
         rule: AttentionRule,
     ) -> None:
-        _check_function(forward_func)
+        check_function(forward_func)
         named(_RULES, rule, "attention rule")
-        for part in layer if isinstance(layer, list) else [layer]:
-            if not isinstance(part, nn.Module):
-                raise TypeError(
-                    "layer must be an nn.Module or a list of them, got "
-                    f"{type(part).__name__}: {shown(part)}"
-                )
-        if layer == []:
-            raise InputError("layer must name at least one module, got [].")
+        layers_in(layer)
         LayerAttribution.__init__(self, forward_func, layer, device_ids)
         self.rule = rule
 
@@ -295,14 +291,18 @@ class LayerLinearizedAttribution(LayerAttribution):
                 constants.
             NonFiniteActivationError: NaN or infinity in the output.
         """
-        tensors = as_tensors(inputs)
-        arguments = format_additional_forward_args(additional_forward_args) or ()
-        check_target(target, len(tensors[0]))
-        check_steps(n_steps, baselines)
-        if isinstance(self.forward_func, nn.Module):
-            check_call(self.forward_func, (*tensors, *arguments))
-        layers = self.layer if isinstance(self.layer, list) else [self.layer]
-        places = [ModulePlace(layer, attribute_to_layer_input) for layer in layers]
+        tensors, arguments = _checked(
+            self.forward_func,
+            inputs,
+            target,
+            additional_forward_args,
+            baselines,
+            n_steps,
+        )
+        places = [
+            ModulePlace(layer, attribute_to_layer_input)
+            for layer in layers_in(self.layer)
+        ]
         call = (self.forward_func, tensors, arguments, target)
         if baselines is None:
             found = relevance(*call, places, self.rule, False)
@@ -336,12 +336,22 @@ class LayerLinearizedAttribution(LayerAttribution):
         return (parts, deltas) if return_convergence_delta else parts
 
 
-def _check_function(forward_func: object) -> None:
-    if not callable(forward_func):
-        raise TypeError(
-            "forward_func must be a model or a function, got "
-            f"{type(forward_func).__name__}: {forward_func!r}"
-        )
+def _checked(
+    forward_func: Callable[..., Any],
+    inputs: object,
+    target: TargetType,
+    additional_forward_args: object | None,
+    baselines: Baselines,
+    n_steps: int,
+) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+    """The inputs and further arguments as tuples, checked without running the model."""
+    tensors = as_tensors(inputs)
+    arguments = format_additional_forward_args(additional_forward_args) or ()
+    check_target(target, len(tensors[0]))
+    check_steps(n_steps, baselines)
+    if isinstance(forward_func, nn.Module):
+        check_call(forward_func, (*tensors, *arguments))
+    return tensors, arguments
 
 
 def _batches(batch: int, size: int | None, points: int) -> Iterator[slice]:

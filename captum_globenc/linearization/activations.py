@@ -32,7 +32,7 @@ def is_known_activation(module: nn.Module, u: Tensor) -> bool:
     if not is_trusted(module) or getattr(module, "inplace", False):
         return False
     with torch._C.DisableTorchFunction():
-        return _slope_at_zero(module, u) is not None
+        return slope_of(module, u) is not None
 
 
 def is_trusted(module: nn.Module) -> bool:
@@ -45,7 +45,8 @@ def is_trusted(module: nn.Module) -> bool:
     return known and "forward" not in module.__dict__ and not _is_over_rows(module)
 
 
-def _slope_at_zero(module: nn.Module, u: Tensor) -> float | None:
+def slope_of(module: nn.Module, u: Tensor) -> float | None:
+    """f'(0) of an element-wise module, on the device of u; None: f(0) is not 0."""
     # What two modules of a user are called may be the same.
     if not is_trusted(module):
         with suppress(Exception):
@@ -71,7 +72,7 @@ def linearized(module: nn.Module, u: Tensor, output: Any) -> Tensor | None:
     with torch._C.DisableTorchFunction():
         if not is_trusted(module) and not _is_elementwise(module, u, output):
             return None
-        limit = _slope_at_zero(module, u)
+        limit = slope_of(module, u)
         if limit is None:
             return None
         values = output.detach()

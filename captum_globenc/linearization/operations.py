@@ -184,7 +184,7 @@ class Operations(TorchFunctionMode):
         if not is_dependent(input):
             return compute(input)
         dims = tuple(range(-len(normalized_shape), 0))
-        wide = _wide(input)
+        wide = widened(input)
         inverse = torch.rsqrt(wide.var(dims, unbiased=False, keepdim=True) + eps)
         taken = self.ledger.bias(bias)
         result = normalized(input, dims, weight, taken, inverse, True, compute)
@@ -206,7 +206,7 @@ class Operations(TorchFunctionMode):
         if not is_dependent(input):
             return compute(input)
         dims = tuple(range(-len(normalized_shape), 0))
-        wide = _wide(input)
+        wide = widened(input)
         least = torch.finfo(input.dtype).eps if eps is None else eps
         inverse = torch.rsqrt(wide.square().mean(dims, keepdim=True) + least)
         return normalized(input, dims, weight, None, inverse, False, compute)
@@ -486,11 +486,17 @@ def is_dependent(value: Any) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and value.requires_grad
 
 
+def is_number(value: Any) -> TypeGuard[Tensor]:
+    """Whether it is a tensor of floating-point numbers."""
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
 def _as_it_is(_: Operations, func: _Handler, *args: Any, **kwargs: Any) -> Any:
     return func(*args, **kwargs)
 
 
-def _wide(value: Tensor) -> Tensor:
+def widened(value: Tensor) -> Tensor:
+    """Its values in float32 at least, without gradient."""
     return value.detach().to(torch.promote_types(value.dtype, torch.float32))
 
 

@@ -25,10 +25,16 @@ from captum_globenc.linearization.activations import (
 )
 from captum_globenc.linearization.functions import forget
 from captum_globenc.linearization.graph import goes_around
-from captum_globenc.linearization.operations import AttentionRule, Operations
+from captum_globenc.linearization.operations import (
+    AttentionRule,
+    Operations,
+    is_dependent,
+    is_number,
+)
 from captum_globenc.linearization.rules import Ledger, replaced
 from captum_globenc.recording.compiled import ignore_compiler_warning, uncompiled
 from captum_globenc.recording.evaluation_mode import evaluating
+from captum_globenc.recording.inputs import countable
 from captum_globenc.recording.observer import hooked
 from captum_globenc.recording.outputs import output_tensor
 
@@ -151,7 +157,7 @@ class Watcher:
             undo.enter_context(as_own_errors())
             with suppress(RuntimeError):  # The caller has some.
                 undo.enter_context(disable_saved_tensors_hooks(_CHECKPOINT))
-            arguments = tuple(map(_countable, arguments))
+            arguments = tuple(map(countable, arguments))
             with self.operations:
                 output = output_tensor(forward_func(*inputs, *arguments))
                 if not self._ends_there and not bool(output.detach().isfinite().all()):
@@ -177,7 +183,7 @@ class Watcher:
         ) and is_known_activation(module, args[0])
         for place in self._places:
             if self._is_input_of(module, place) and place not in self._found:
-                index = next((i for i, a in enumerate(args) if _is_number(a)), None)
+                index = next((i for i, a in enumerate(args) if is_number(a)), None)
                 if place == "block":
                     self.operations.is_of_token = self._keeps_own_biases
                     self._first_layer = module if index is None else None
@@ -304,8 +310,8 @@ class Watcher:
     ) -> None:
         """Note a module's input that was given by name, now that it has run."""
         given = kwargs.get("hidden_states")
-        if not _is_number(given):
-            given = next((v for v in kwargs.values() if _is_dependent(v)), None)
+        if not is_number(given):
+            given = next((v for v in kwargs.values() if is_dependent(v)), None)
         if given is None or (place == "block" and not given.requires_grad):
             raise _no_tensor(module, "depends on the inputs")
         node = given.grad_fn
@@ -512,12 +518,6 @@ _IN_PLACE = (
 )
 
 
-def _countable(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.is_inference():
-        return value.clone()
-    return value
-
-
 def _is_stack(module: nn.Module) -> bool:
     """Whether a module holds layers: a list, or a sequence of layers of one kind."""
     if isinstance(module, nn.ModuleList):
@@ -550,20 +550,12 @@ def _is_parameter(value: Tensor) -> bool:
     return value.is_leaf and isinstance(value, nn.Parameter)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def _is_dependent(value: Any) -> bool:
-    return _is_number(value) and value.requires_grad
-
-
 def _first_number(output: Any) -> Tensor | None:
     """The first tensor of numbers in what a module takes or gives."""
     if isinstance(output, Mapping):
         output = list(output.values())
     values = output if isinstance(output, tuple | list) else [output]
-    return next((value for value in values if _is_number(value)), None)
+    return next((value for value in values if is_number(value)), None)
 
 
 def _with_first(output: Any, first: Tensor) -> Any:

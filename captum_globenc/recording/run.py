@@ -19,7 +19,12 @@ from captum_globenc.errors import (
 )
 from captum_globenc.recording.compiled import ignore_compiler_warning
 from captum_globenc.recording.evaluation_mode import evaluating
-from captum_globenc.recording.inputs import check_arrival, check_length, check_shape
+from captum_globenc.recording.inputs import (
+    check_arrival,
+    check_length,
+    check_shape,
+    countable,
+)
 from captum_globenc.recording.observer import Observer, hooked
 from captum_globenc.recording.outputs import output_tensor, pooled_tensor
 from captum_globenc.recording.readout import (
@@ -406,8 +411,8 @@ def observe(
         is_named (bool, optional): the caller has named the encoder, among others that
             may read the inputs, too. Default: False.
     """
-    tensors = tuple(map(_countable, tensors))
-    arguments = tuple(map(_countable, arguments))
+    tensors = tuple(map(countable, tensors))
+    arguments = tuple(map(countable, arguments))
     first = tensors[0]
 
     def make_recorder(encoder: Encoder) -> Recorder:
@@ -475,14 +480,6 @@ def observe(
         _has_left_torch=head is not None and head.has_left_torch,
         _forward=forward,
     )
-
-
-def _countable(value: Any) -> Any:
-    """A tensor that counts its changes, in the place of one of inference mode."""
-    if isinstance(value, Tensor) and value.is_inference():
-        with torch.inference_mode(False):
-            return value.clone()
-    return value
 
 
 def _shape_of(inputs: Tensor, encoder: Encoder) -> tuple[int, int] | None:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from captum_globenc.errors import UnsupportedModelError
+from captum_globenc.linearization.operations import is_dependent
 from captum_globenc.linearization.spreading.rows import Gather, Step, Unknown
 from captum_globenc.linearization.spreading.steps import Linear, Mix
-from captum_globenc.linearization.spreading.tape import Rule, Tape, is_dependent
+from captum_globenc.linearization.spreading.tape import Rule, Tape
 from captum_globenc.recording.attention import attention_weights
 
 _Function = Callable[..., Any]

@@ -14,13 +14,15 @@ from captum_globenc.errors import NonFiniteActivationError, UnsupportedModelErro
 from captum_globenc.linearization.activations import (
     is_trusted,
     linearized,
+    slope_of,
     takes_one_tensor,
 )
-from captum_globenc.linearization.rules import slope_at_zero
+from captum_globenc.linearization.operations import is_dependent, is_number
 from captum_globenc.linearization.spreading.rules import RULES, sloped
-from captum_globenc.linearization.spreading.tape import Tape, is_dependent
+from captum_globenc.linearization.spreading.tape import Tape
 from captum_globenc.recording.compiled import ignore_compiler_warning, uncompiled
 from captum_globenc.recording.evaluation_mode import evaluating
+from captum_globenc.recording.inputs import countable
 from captum_globenc.recording.observer import hooked
 from captum_globenc.recording.outputs import output_tensor
 
@@ -58,7 +60,9 @@ class TapedRun:
             undo.enter_context(torch.inference_mode(False))
             undo.enter_context(torch.enable_grad())
             undo.enter_context(hooked(self._enter, self._leave))
-            given = [_countable(value) for value in (*self._inputs, *arguments)]
+            given = [
+                countable(_detached(value)) for value in (*self._inputs, *arguments)
+            ]
             with self.tape:
                 output = output_tensor(forward_func(*given))
                 if not bool(output.detach().isfinite().all()):
@@ -97,7 +101,7 @@ class TapedRun:
             self.tape.is_paused = True
         if self.shape[0] or module not in self._stacked:
             return None
-        index = next((i for i, arg in enumerate(args) if _is_number(arg)), None)
+        index = next((i for i, arg in enumerate(args) if is_number(arg)), None)
         if index is None:
             return None
         with torch._C.DisableTorchFunction():
@@ -121,8 +125,7 @@ class TapedRun:
         """Put down a module that is element-wise as one activation."""
         with torch._C.DisableTorchFunction():
             if linearized(module, u, output) is not None:
-                key = (type(module), repr(sorted(module.__dict__.items(), key=str)))
-                limit = slope_at_zero(module.forward, key)
+                limit = slope_of(module, u)
                 assert limit is not None
                 operand = self.tape.gather(u)
                 step = sloped(self.tape, operand, u.detach(), output.detach(), limit)
@@ -171,13 +174,5 @@ class TapedRun:
             self.tape.where = "forward_func"
 
 
-def _countable(value: Any) -> Any:
-    """A tensor that autograd takes."""
-    if not isinstance(value, Tensor):
-        return value
-    value = value.detach()
-    return value.clone() if value.is_inference() else value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from captum_globenc.linearization.operations import is_dependent
 from captum_globenc.linearization.spreading.rows import Step, Unknown, size_of
 from captum_globenc.linearization.spreading.steps import Joined
 from captum_globenc.linearization.spreading.tape import (
     Rule,
     Tape,
     flat,
-    is_dependent,
     rows_of,
 )
 

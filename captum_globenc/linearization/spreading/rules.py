@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from captum_globenc.linearization.functions import function_of
+from captum_globenc.linearization.operations import is_dependent, widened
 from captum_globenc.linearization.rules import slope_at_zero
 from captum_globenc.linearization.spreading.attention import ATTENTION_RULES
 from captum_globenc.linearization.spreading.moves import MOVES
@@ -36,7 +37,6 @@ from captum_globenc.linearization.spreading.tape import (
     Rule,
     Tape,
     flat,
-    is_dependent,
     rows_of,
 )
 from captum_globenc.recording.attention import transparent
@@ -87,7 +87,7 @@ def _layer_norm(
 ) -> Any:
     if len(normalized_shape) > 1 or not is_dependent(input):
         return None
-    operand, wide = tape.gather(input), _wide(input)
+    operand, wide = tape.gather(input), widened(input)
     inverse = (wide.var(-1, unbiased=False) + eps).rsqrt().reshape(-1, 1)
     result = func(input, normalized_shape, weight, bias, eps, *rest)
     norm = Norm(*rows_of(result), tape.where, operand, inverse, True, weight, bias)
@@ -104,7 +104,7 @@ def _rms_norm(
 ) -> Any:
     if len(normalized_shape) > 1 or not is_dependent(input):
         return None
-    operand, wide = tape.gather(input), _wide(input)
+    operand, wide = tape.gather(input), widened(input)
     least = torch.finfo(input.dtype).eps if eps is None else eps
     inverse = (wide.square().mean(-1) + least).rsqrt().reshape(-1, 1)
     result = func(input, normalized_shape, weight, eps)
@@ -135,8 +135,8 @@ def sloped(tape: Tape, operand: Gather, u: Tensor, y: Tensor, limit: float) -> S
         y (Tensor): what comes out.
         limit (float): the slope where u is 0.
     """
-    u, is_zero = _wide(u), u == 0
-    slope = (_wide(y) / u.masked_fill(is_zero, 1)).masked_fill_(is_zero, limit)
+    u, is_zero = widened(u), u == 0
+    slope = (widened(y) / u.masked_fill(is_zero, 1)).masked_fill_(is_zero, limit)
     rows, width = rows_of(y)
     slope = slope.reshape(rows, width)
     return Scale(rows, width, tape.where, operand, slope, is_activation=True)
@@ -308,10 +308,6 @@ def _transparent(tape: Tape, func: _Function, *args: Any, **kwargs: Any) -> Any:
 def _is_in_place(func: _Function) -> bool:
     name = func.__name__
     return name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
-
-
-def _wide(value: Tensor) -> Tensor:
-    return value.detach().to(torch.promote_types(value.dtype, torch.float32))
 
 
 _NAMES: dict[Rule, str] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from captum_globenc.linearization.functions import tagged
+from captum_globenc.linearization.operations import is_dependent
 from captum_globenc.linearization.spreading.rows import Gather, Own, Step, Unknown
 from captum_globenc.linearization.spreading.steps import Joined, Mix, Total
 
@@ -185,11 +186,6 @@ _ELEMENT_WISE = {
     *("mul", "__mul__", "__rmul__", "div", "__truediv__", "neg", "__neg__"),
     *("pow", "__pow__", "square", "exp", "erf", "sigmoid", "softplus", "tanh"),
 }
-
-
-def is_dependent(value: Any) -> TypeGuard[Tensor]:
-    """Whether it is a tensor that depends on the tokens."""
-    return isinstance(value, Tensor) and value.requires_grad
 
 
 def flat(values: Any) -> Iterator[Any]:
