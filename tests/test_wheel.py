@@ -45,8 +45,9 @@ def test_wheel_runs_explain(tmp_path: Path) -> None:
     assert explanation["predicted"]["label"] == "positive"
     assert [method["name"] for method in explanation["methods"]] == [
         "globenc",
+        "attnlrp",
+        "decompx",
         "integrated_gradients",
-        "saliency",
     ]
     installed = subprocess.run(
         [binaries / "python", "-c", "import captum_globenc as c; print(c.__file__)"],
