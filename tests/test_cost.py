@@ -72,6 +72,88 @@ def test_twelve_layers_take_about_twice_the_operations_of_the_model() -> None:
         assert forward + own <= 1_000
 
 
+READS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select"}
+
+
+class Reads(TorchDispatchMode):
+    """Counts what would wait for an accelerator: numbers that Python reads."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.count = 0
+        # They copy memory, which is no operation on the CPU.
+        for name in ("tolist", "numpy", "__array__"):
+            counted = self.counting(getattr(torch.Tensor, name))
+            monkeypatch.setattr(torch.Tensor, name, counted)
+
+    def counting(self, read: Callable[..., object]) -> Callable[..., object]:
+        def counted(*args: object, **kwargs: object) -> object:
+            self.count += 1
+            return read(*args, **kwargs)
+
+        return counted
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.split("::")[1]
+        by_mask = name in ("index", "index_put", "index_put_") and any(
+            index is not None and index.dtype in (torch.bool, torch.uint8)
+            for index in args[1]
+        )
+        self.count += name in READS or by_mask
+        return func(*args, **(kwargs or {}))
+
+
+def reads(call: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many numbers, or tensors of them, Python reads."""
+    with monkeypatch.context() as patched, Reads(patched) as counter:
+        call()
+    return counter.count
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [*({"local": name} for name in LOCAL_SCORES), {"class_aware": True}],
+    ids=lambda options: str(*options.values()),
+)
+def test_numbers_are_read_once_at_the_end(
+    attention: str,
+    dtype: torch.dtype,
+    options: dict[str, object],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = deep_bert()
+    model.set_attn_implementation(attention)
+    model = model.to(dtype)
+    ids = torch.randint(1, 100, (3, 16))
+    mask = torch.ones_like(ids)
+    mask[1, 9:] = 0
+    with torch.no_grad():
+        forward = reads(lambda: model(ids, attention_mask=mask), monkeypatch)
+    globenc = GlobEnc(model, **options)
+
+    def attribute() -> torch.Tensor:
+        return globenc.attribute(ids, 1, mask)
+
+    first, second = attribute(), attribute()  # They look at what is assumed later.
+    assert reads(attribute, monkeypatch) == forward + 1
+    # At the size of the model's own layers none are stacked.
+    monkeypatch.setattr(grouping, "_HELD", 1)
+    assert reads(attribute, monkeypatch) == forward + 1
+    torch.testing.assert_close(first, second)
+
+
+def test_a_read_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = torch.ones(3)
+    assert reads(lambda: values.sum().item(), monkeypatch) == 1
+    assert reads(lambda: values.tolist(), monkeypatch) == 1
+    assert reads(lambda: values.numpy(), monkeypatch) == 1
+    assert reads(lambda: values.nonzero(), monkeypatch) == 1
+    assert reads(lambda: values[values > 0], monkeypatch) == 1
+    assert reads(lambda: bool((values > 0).all()), monkeypatch) == 1
+
+
 @pytest.mark.parametrize("name", LOCAL_SCORES)
 @pytest.mark.parametrize(
     ("dtype", "limit"), [(torch.float32, 2e-6), (torch.float64, 1e-12)], ids=str

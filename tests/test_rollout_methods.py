@@ -469,7 +469,7 @@ def test_class_aware_heads_that_are_refused() -> None:
     for head, words in (
         (numpy_head, "gradient of the selected output"),
         (detached, "leave torch"),
-        (lower, r"also reads hidden states of layers \[1\]"),
+        (lower, r"also reads hidden states of layer 1"),
         (beside, "the inputs by themselves|tokens by themselves"),
         (constant, "none, or it is 0, in an example"),
     ):

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any, Literal
 
 import torch
 from captum.attr import InterpretableEmbeddingBase
 from torch import Tensor, nn
 
+from captum_globenc.deferred import check_later
 from captum_globenc.errors import InputError, is_whole
-from captum_globenc.recording.inputs import check_mask_argument
+from captum_globenc.recording.inputs import check_mask_argument, signature_of
 from captum_globenc.recording.readout import by_pooling
 from captum_globenc.recording.records import Readout
 from captum_globenc.recording.run import EncoderRun
@@ -84,16 +84,17 @@ def check_call(model: nn.Module, arguments: tuple[Any, ...]) -> None:
         model (nn.Module): what is called.
         arguments (tuple): with what, in order.
     """
-    names = list(inspect.signature(model.forward).parameters)
+    names = list(signature_of(model).parameters)
     ids = arguments[0]
     tokens = ids.shape[:-1] if ids.is_floating_point() else ids.shape
-    stands_in = any(isinstance(m, InterpretableEmbeddingBase) for m in model.modules())
-    if names[:1] == ["input_ids"] and ids.is_floating_point() and not stands_in:
-        raise InputError(
-            f"input ids must be integers, got {ids.dtype}: pass embeddings to a "
-            "forward_func such as lambda x, mask: model(inputs_embeds=x, "
-            "attention_mask=mask)."
-        )
+    if names[:1] == ["input_ids"] and ids.is_floating_point():
+        kinds = (type(part) for part in model.modules())
+        if not any(issubclass(kind, InterpretableEmbeddingBase) for kind in kinds):
+            raise InputError(
+                f"input ids must be integers, got {ids.dtype}: pass embeddings to a "
+                "forward_func such as lambda x, mask: model(inputs_embeds=x, "
+                "attention_mask=mask)."
+            )
     for name, value in zip(names[1:], arguments[1:]):
         if name == "attention_mask":
             break
@@ -210,11 +211,21 @@ def readout_at(token_index: TokenIndex, run: EncoderRun) -> Readout:
             'token_index must be an int, a LongTensor (batch,), "mean" or None, got '
             f"{token_index!r}."
         )
-    for example, position in enumerate(index.tolist()):
-        if not -tokens <= position < tokens:
-            raise InputError(
-                f"token_index {position} is outside the {tokens} tokens of the input."
-            )
-        if not token_mask[example, position]:
-            raise InputError(f"token_index {position} is padding in example {example}.")
+    inside = (index >= -tokens) & (index < tokens)
+    is_token = token_mask.gather(1, (index % tokens)[:, None])[:, 0]
+
+    def judge(flags: list[float]) -> None:
+        for example, (is_inside, is_shown) in enumerate(zip(flags[::2], flags[1::2])):
+            if not is_inside:
+                raise InputError(
+                    f"token_index {int(index[example])} is outside the {tokens} tokens "
+                    "of the input."
+                )
+            if not is_shown:
+                raise InputError(
+                    f"token_index {int(index[example])} is padding in example "
+                    f"{example}."
+                )
+
+    check_later(torch.stack([inside, is_token], 1), judge)
     return Readout.of_tokens(last, index % tokens, tokens, run.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NoReturn, cast
 
 import torch
@@ -35,6 +35,7 @@ from captum_globenc.contributions.rollout import (
     decompose,
     sweep,
 )
+from captum_globenc.deferred import check_later, settled
 from captum_globenc.encoders.weights import WeightCache
 from captum_globenc.errors import InputError, NonFiniteActivationError, is_whole
 from captum_globenc.recording.outputs import output_tensor
@@ -87,6 +88,7 @@ class RolloutAttribution(Attribution):
         self.normalize = normalize
         self.readout = readout
         self._weights = WeightCache()
+        self._known: set[Hashable] = set()
 
     def attribute_future(self) -> NoReturn:
         """Not implemented."""
@@ -196,8 +198,8 @@ class RolloutAttribution(Attribution):
         token_index: TokenIndex,
     ) -> Tensor:
         """Scores of one internal batch, in the shape of its first tensor."""
-        run = self._run(inputs, arguments, self._needs_gradient(token_index))
-        *_, row = self._sweep(run, target, token_index)
+        run, rows = self._swept(inputs, arguments, target, token_index)
+        row = rows[-1]
         first, dtype = run.inputs[0], output_tensor(run.output).dtype
         if first.is_floating_point():
             dtype = first.dtype
@@ -226,9 +228,29 @@ class RolloutAttribution(Attribution):
             ReconstructionError: the recorded parts do not rebuild a layer.
             NonFiniteActivationError: NaN or infinity in a layer.
         """
-        run = self._run(inputs, additional_forward_args, differentiate=False)
-        with torch.no_grad(), torch.autocast(run.final.device.type, enabled=False):
-            return decompose(run, self.contribution)
+
+        def decomposed() -> Decomposition:
+            run = self._run(inputs, additional_forward_args, differentiate=False)
+            device = run.final.device.type
+            with torch.no_grad(), torch.autocast(device, enabled=False):
+                return decompose(run, self.contribution)
+
+        return settled(self._known, decomposed)
+
+    def _swept(
+        self,
+        inputs: Inputs,
+        arguments: object | None,
+        target: TargetType,
+        token_index: TokenIndex,
+    ) -> tuple[EncoderRun, list[ScaledTensor]]:
+        """The run, and the rows of its sweep."""
+
+        def call() -> tuple[EncoderRun, list[ScaledTensor]]:
+            run = self._run(inputs, arguments, self._needs_gradient(token_index))
+            return run, self._sweep(run, target, token_index)
+
+        return settled(self._known, call)
 
     def _run(
         self, inputs: Inputs, arguments: object | None, differentiate: bool = True
@@ -262,8 +284,7 @@ class RolloutAttribution(Attribution):
                 differentiate,
                 is_named=self.encoder is not None,
             )
-        for fit in run.fits:
-            fit.raise_if_not()
+        run.check_fits()
         return run
 
     def _sweep(
@@ -276,11 +297,7 @@ class RolloutAttribution(Attribution):
         """
         output = output_tensor(run.output)
         select_targets(output, target)  # Raises where it is not legal.
-        if output.isnan().any():
-            raise NonFiniteActivationError(
-                "the output of forward_func holds NaN, though no encoder layer does: "
-                "look for NaN in the head."
-            )
+        check_later(output.isnan().any(), _judge_output)
         with torch.no_grad(), torch.autocast(run.final.device.type, enabled=False):
             return list(self._rows(run, target, token_index))
 
@@ -311,3 +328,11 @@ class RolloutAttribution(Attribution):
         tensors = inputs.inputs if run else as_tensors(inputs)  # type: ignore[union-attr]
         check_target(target, tensors[0].shape[0])
         return tensors
+
+
+def _judge_output(is_nan: list[float]) -> None:
+    if any(is_nan):
+        raise NonFiniteActivationError(
+            "the output of forward_func holds NaN, though no encoder layer does: look "
+            "for NaN in the head."
+        )

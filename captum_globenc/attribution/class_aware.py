@@ -13,6 +13,7 @@ from captum_globenc.attribution.base import RolloutAttribution
 from captum_globenc.contributions.norm_scores import local_score
 from captum_globenc.contributions.projection import projected
 from captum_globenc.contributions.rollout import ScaledTensor, blocks, sweep
+from captum_globenc.deferred import check_later, holds
 from captum_globenc.errors import InputError
 from captum_globenc.recording.readout import ReadoutKind, check_padding
 from captum_globenc.recording.records import Readout, take
@@ -99,14 +100,17 @@ def _read_gradient(
         return gradient
     weights = readout_at(token_index, run).weights[len(run.layers)]
     gradient = gradient * weights[..., None]
-    unread = ~gradient.flatten(1).any(1)
-    if unread.any():
-        example = int(unread.nonzero()[0])
-        raise InputError(
-            f"the selected output of example {example} does not depend on what "
-            f"token_index names, {shown(token_index)}: class-aware scores are those of "
-            "tokens that the head reads. Leave token_index out to explain these."
-        )
+
+    def judge(are_read: list[float]) -> None:
+        if not all(are_read):
+            raise InputError(
+                f"the selected output of example {are_read.index(0)} does not depend "
+                f"on what token_index names, {shown(token_index)}: class-aware scores "
+                "are those of tokens that the head reads. Leave token_index out to "
+                "explain these."
+            )
+
+    check_later(gradient.flatten(1).any(1), judge)
     return gradient
 
 
@@ -114,7 +118,7 @@ def _top_layer(run: EncoderRun, gradient: Tensor) -> Tensor:
     """r_j, (batch, tokens): what the output takes from the top layer's input."""
     layer = run.layers[-1]
     is_read = gradient.any(-1)
-    if bool((is_read.sum(-1) == 1).all()):
+    if holds("one token has a gradient", is_read.sum(-1) == 1):
         # Of one token each, few rows of the attention do.
         receivers = is_read.int().argmax(-1, keepdim=True)
         return projected(layer, receivers, take(gradient, receivers))

@@ -125,11 +125,9 @@ class LayerGlobEnc(LocalScoreRollout, LayerAttribution):
         """
         self._checked(inputs, target)
         layers = layers_in(self.layer)
-        needs_gradient = self._needs_gradient(token_index)
-        run = self._run(inputs, additional_forward_args, needs_gradient)
+        run, rows = self._swept(inputs, additional_forward_args, target, token_index)
         shapes = [_hidden_of(layer, run, attribute_to_layer_input) for layer in layers]
         depths = [_depth(layer, run, attribute_to_layer_input) for layer in layers]
-        rows = self._sweep(run, target, token_index)
         attributions = []
         for hidden, depth in zip(shapes, depths):
             dtype = hidden.dtype

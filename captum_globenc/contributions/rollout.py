@@ -26,7 +26,7 @@ from captum_globenc.recording.records import (
     LayerRecord,
     Readout,
     Receivers,
-    can_be_stacked,
+    joins_stack,
     stacked,
     take,
 )
@@ -209,7 +209,7 @@ def _groups(
     weights = batch * run.heads * tokens**2
     most = min(most_at_once(max(weights, run.final.numel())), _HELD // weights)
     most = most if contribution.stacks else 1
-    return grouped(layers, lambda group: len(group) <= most and can_be_stacked(group))
+    return grouped(layers, lambda group, x: len(group) < most and joins_stack(group, x))
 
 
 def _matrices(

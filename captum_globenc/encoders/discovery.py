@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import transformers
 from packaging.version import Version
 from torch import nn
@@ -35,26 +37,46 @@ def find_encoder(root: nn.Module) -> Encoder | None:
     Raises:
         UnsupportedModelError: two encoders, or a part is missing or of another kind.
     """
-    matches: dict[int, tuple[str, nn.Module, Family, Architecture]] = {}
-    inside: set[int] = set()
-    for name, module in root.named_modules():
-        if id(module) in inside:
-            continue
-        match = _match(module)
-        if match is not None:
-            matches[id(module)] = (name, module, *match)
-            inside.update(id(part) for part in module.modules())
+    matches = list(_matches(root))
     if len(matches) > 1:
-        names = ", ".join(repr(name) for name, *_ in matches.values())
+        # One may lie inside another, and be seen on another path.
+        parts = [set(module.modules()) for _, module, *_ in matches]
+        matches = [
+            match
+            for index, match in enumerate(matches)
+            if not any(match[1] in inside for inside in parts[:index])
+        ]
+    if len(matches) > 1:
+        names = ", ".join(repr(name) for name, *_ in matches)
         raise UnsupportedModelError(
             f"{type(root).__name__} holds {len(matches)} encoders ({names}) and one is "
             "expected: pass the one to explain as encoder=."
         )
-    for name, module, family, architecture in matches.values():
+    for name, module, family, architecture in matches:
         if _is_too_old_for(family):
             raise _too_old(family)
         return Resolver(name, module, family, architecture).encoder(root)
     return None
+
+
+def _matches(
+    root: nn.Module,
+) -> Iterator[tuple[str, nn.Module, Family, Architecture]]:
+    """Encoders of known families, in the order of their names; not inside others."""
+    seen, waiting = set(), [("", root)]
+    while waiting:
+        name, module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        match = _match(module)
+        if match is not None:
+            yield (name, module, *match)
+            continue
+        parts = [
+            (f"{name}.{own}".lstrip("."), part) for own, part in module.named_children()
+        ]
+        waiting += reversed(parts)
 
 
 def _is_too_old_for(family: Family) -> bool:

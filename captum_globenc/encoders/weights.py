@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from captum_globenc.deferred import holds
 from captum_globenc.encoders.parts import (
     LayerParts,
     Norm,
@@ -257,7 +258,8 @@ class _Prepared:
         if any(self._stamps[index] != _stamp(layers[index]) for index in indices):
             return False
         now = torch.cat([v for index in indices for v in _fingerprint(layers[index])])
-        return torch.equal(torch.cat([self._fingerprints[i] for i in indices]), now)
+        then = torch.cat([self._fingerprints[index] for index in indices])
+        return then.shape == now.shape and holds("unchanged weights", then == now)
 
 
 class _Map(NamedTuple):

@@ -101,6 +101,10 @@ class AttentionMode(TorchFunctionMode):
     def project(self, value: Tensor) -> None:
         """Take note of what the values are made of, (tokens, batch, hidden)."""
 
+    def is_attention(self, sums_to_one: Tensor) -> bool:
+        """Whether a product is attention, by its first operand (a boolean)."""
+        return bool(sums_to_one)
+
     def attend(self, call: AttentionCall) -> Tensor | None:
         """Take note of an attention; what is returned takes its output's place."""
         raise NotImplementedError
@@ -136,7 +140,7 @@ class AttentionMode(TorchFunctionMode):
             return self._sdpa(func, shape, *args, **kwargs)
         result = func(*args, **kwargs)
         args = (*args, *kwargs.values())
-        call = _from_product(name, args, result, shape)
+        call = _from_product(name, args, result, shape, self.is_attention)
         replaced = None if call is None else self.attend(call)
         return result if replaced is None else _laid_out(replaced, name, args, result)
 
@@ -221,7 +225,11 @@ def transparent(func: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _from_product(
-    name: str, args: tuple[Any, ...], result: Tensor, shape: tuple[int, int]
+    name: str,
+    args: tuple[Any, ...],
+    result: Tensor,
+    shape: tuple[int, int],
+    is_attention: Callable[[Tensor], bool],
 ) -> AttentionCall | None:
     """The attention that a product is, None for any other product."""
     operands = _operands(name, args)
@@ -233,7 +241,7 @@ def _from_product(
         weights.ndim >= 3
         and weights.shape[-2:] == (tokens, tokens)
         and weights.is_floating_point()
-        and _rows_sum_to_one(weights)
+        and is_attention(_rows_sum_to_one(weights))
     ):
         return None
     if name == "einsum":
@@ -325,15 +333,15 @@ def _laid_out(
     return context.reshape(shape).permute(back)
 
 
-def _rows_sum_to_one(weights: Tensor) -> bool:
-    """Whether rows are attention weights.
+def _rows_sum_to_one(weights: Tensor) -> Tensor:
+    """Whether rows are attention weights, a boolean.
 
     A row from which everything is hidden is all zero, or not a number.
     """
     total = weights.sum(-1, dtype=torch.promote_types(weights.dtype, torch.float32))
     limit = 4 * max(torch.finfo(weights.dtype).eps, 1e-6)
     fits = ((total - 1).abs() <= limit) | (total == 0) | total.isnan()
-    return bool(fits.all() & ~(weights < 0).any() & ~total.isnan().all())
+    return fits.all() & ~(weights < 0).any() & ~total.isnan().all()
 
 
 def _check_mask(mask: Tensor, query: Tensor, key: Tensor) -> None:

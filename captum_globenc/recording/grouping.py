@@ -24,17 +24,17 @@ def most_at_once(numbers: int) -> int:
 
 
 def grouped(
-    items: Iterable[_Item], is_group: Callable[[list[_Item]], bool]
+    items: Iterable[_Item], joins: Callable[[list[_Item], _Item], bool]
 ) -> Iterator[list[_Item]]:
     """Items in turn, in groups as long as they may be.
 
     Args:
         items (iterable): of any kind.
-        is_group (Callable): whether several items in turn are a group.
+        joins (Callable): whether the next item may join a group.
     """
     group: list[_Item] = []
     for item in items:
-        if group and not is_group([*group, item]):
+        if group and not joins(group, item):
             yield group
             group = []
         group.append(item)

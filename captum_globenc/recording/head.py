@@ -59,9 +59,10 @@ class HeadFollower:
 
     def note(self, result: Any) -> Any:
         """Remember what an operation inside the encoder made."""
-        for tensor in _tensors(result):
-            if tensor.is_floating_point():
-                self._made[id(tensor)] = weakref.ref(tensor)
+        # One tensor, as a rule: this runs for every operation of the model.
+        tensors = (result,) if type(result) is Tensor else _tensors(result)
+        for tensor in tensors:
+            self._made[id(tensor)] = weakref.ref(tensor)
         return result
 
     def run(
@@ -129,7 +130,7 @@ class HeadFollower:
                 self.lowest = value.detach().requires_grad_()
             return self.lowest
         made = self._made.get(id(value))
-        if made is not None and made() is value:
+        if made is not None and made() is value and value.is_floating_point():
             self.unfollowed.append("values that are made inside the encoder")
         elif value.is_inference():
             return value.clone()  # Those have no gradients.

@@ -34,6 +34,7 @@ class LayerDraft:
         shape (tuple[int, int] or None): (batch, tokens), where known.
         is_input_from_below (bool): its input is the very output of the layer below.
         is_attending (bool): its attention runs now.
+        products (int): how many products of it might have been its attention.
         call (AttentionCall or None): its attention.
         inputs (dict[str, Tensor]): part → what went in, (batch, tokens, n); "layer" is
             the layer itself and "attention" what its values are made of.
@@ -49,6 +50,7 @@ class LayerDraft:
     shape: tuple[int, int] | None
     is_input_from_below: bool = False
     is_attending: bool = False
+    products: int = 0
     call: AttentionCall | None = None
     inputs: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
@@ -162,7 +164,7 @@ def _projected_steps(
     tensors = {id(t): t for names in wanted for t in names.values()}
     distinct = [tensor for key, tensor in tensors.items() if key not in known]
     most = most_at_once(distinct[0].numel()) if distinct else 1
-    for chunk in grouped(distinct, lambda group: len(group) <= most):
+    for chunk in grouped(distinct, lambda chunk, _: len(chunk) < most):
         vectors = stack(chunk).to(weights.probes.dtype)
         for tensor, on_probes in zip(chunk, (weights.probes.T @ vectors.mT).unbind()):
             known[id(tensor)] = on_probes

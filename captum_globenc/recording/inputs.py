@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from captum_globenc.deferred import check_later
 from captum_globenc.encoders.resolver import Encoder
 from captum_globenc.errors import InputError
 from captum_globenc.recording.records import Grid
@@ -28,7 +29,7 @@ def check_mask_argument(
         InputError: it has another shape, or hides every token of an example.
     """
     try:
-        arguments = inspect.signature(module.forward).bind_partial(*args, **kwargs)
+        arguments = signature_of(module).bind_partial(*args, **kwargs)
     except TypeError:
         return None  # The module itself says what is wrong.
     mask = arguments.arguments.get("attention_mask")
@@ -44,8 +45,28 @@ def check_mask_argument(
     return mask
 
 
-def check_lookup(ids: Tensor, weights: Tensor, encoder: Encoder) -> None:
+def signature_of(module: nn.Module) -> inspect.Signature:
+    """The signature of a module's forward, without ``self``."""
+    function = getattr(module.forward, "__func__", None)
+    if function is None:
+        return inspect.signature(module.forward)
+    return _signature_of_method(function)
+
+
+@functools.lru_cache(maxsize=256)
+def _signature_of_method(function: Callable[..., Any]) -> inspect.Signature:
+    signature = inspect.signature(function)
+    first, *rest = signature.parameters.values()
+    takes_any = first.kind is inspect.Parameter.VAR_POSITIONAL
+    return signature if takes_any else signature.replace(parameters=rest)
+
+
+def check_lookup(ids: Tensor, weights: Tensor, encoder: Encoder) -> Tensor:
     """Check ids or positions before they are looked up.
+
+    Returns:
+        *Tensor*, the ids, all of them in the table: others are replaced until the check
+        of them is read.
 
     Args:
         ids (Tensor): of any shape.
@@ -62,14 +83,21 @@ def check_lookup(ids: Tensor, weights: Tensor, encoder: Encoder) -> None:
             raise InputError(
                 f"input ids must be integers (int64 or int32), got {ids.dtype}."
             )
-        wrong = ids[(ids < 0) | (ids >= size)]
-        if wrong.numel():
-            raise InputError(
-                f"input id {int(wrong[0])} is outside the vocabulary of {size} "
-                f"(ids 0 to {size - 1}). Does the tokenizer belong to the model?"
-            )
-    elif encoder.positions is not None and weights is encoder.positions.weight:
+        known = ids.clamp(0, size - 1)
+
+        def judge(is_known: list[float]) -> None:
+            if not all(is_known):
+                wrong = int(ids.flatten()[is_known.index(0)])
+                raise InputError(
+                    f"input id {wrong} is outside the vocabulary of {size} (ids 0 to "
+                    f"{size - 1}). Does the tokenizer belong to the model?"
+                )
+
+        check_later(known == ids, judge)
+        return known
+    if encoder.positions is not None and weights is encoder.positions.weight:
         check_length(ids, encoder)
+    return ids
 
 
 def check_image(args: tuple[Any, ...]) -> None:
@@ -162,48 +190,68 @@ def check_arrival(
     Raises:
         InputError: the encoder saw something else.
     """
+    never = torch.zeros((), dtype=torch.bool, device=inputs.device)
     if inputs.is_floating_point():
-        if any(_equal(values, inputs) for values in arrived):
-            return
+        arrives = _any([_equal(values, inputs) for values in arrived], never)
     else:
         by_table: dict[int, list[Tensor]] = {}
         for ids, table in lookups:
             by_table.setdefault(id(table), []).append(ids)
         known = by_table.get(id(token_table))
         candidates = list(by_table.values()) if known is None else [known]
-        are_inputs = any(
-            all(_equal(ids, inputs) for ids in group) for group in candidates
+        arrives = _any(
+            [
+                functools.reduce(
+                    torch.logical_and, [_equal(ids, inputs) for ids in group]
+                )
+                for group in candidates
+            ],
+            never,
         )
-        if are_inputs and all(
-            any(given is values or _equal(given, values) for values in embedded)
-            for given in embeddings
-        ):
-            return
+        for given in embeddings:
+            if not any(given is values for values in embedded):
+                made = [_equal(given, values) for values in embedded]
+                arrives = arrives & _any(made, never)
     kind = {2: "ids", 3: "embeddings", 4: "images"}.get(inputs.ndim, "inputs")
     kind = kind if inputs.is_floating_point() else "ids"
-    raise InputError(
-        f"the encoder did not run on the {kind} that attribute was given: forward_func "
-        "changes them on the way (it sorts, flips, shifts, crops, scales or replaces "
-        "them), so scores would belong to other tokens. Make these changes before, and "
-        f"pass attribute the {kind} that arrive at the encoder."
-    )
+
+    def judge(did_arrive: list[float]) -> None:
+        if not all(did_arrive):
+            raise InputError(
+                f"the encoder did not run on the {kind} that attribute was given: "
+                "forward_func changes them on the way (it sorts, flips, shifts, crops, "
+                "scales or replaces them), so scores would belong to other tokens. "
+                "Make these changes before, and "
+                f"pass attribute the {kind} that arrive at the encoder."
+            )
+
+    check_later(arrives, judge)
 
 
-def _equal(values: Tensor, inputs: Tensor) -> bool:
+def _any(found: list[Tensor], never: Tensor) -> Tensor:
+    """Whether one of them is true; of none, never."""
+    alike = (value.to(never.device) for value in found)
+    return functools.reduce(torch.logical_or, alike, never) if found else never
+
+
+def _equal(values: Tensor, inputs: Tensor) -> Tensor:
     """Whether they are the same, but for folded leading dimensions, dtype and device.
+
+    A boolean tensor, on the device of ``values``.
 
     Ids may be (tokens, batch), images resized as a whole and normalised by channel.
     """
     values, inputs = values.detach(), inputs.detach().to(values)
+    never = torch.zeros((), dtype=torch.bool, device=values.device)
+    found = []
     if inputs.ndim == values.ndim == 4:
-        return any(_is_normalised(values, image) for image in _resized(inputs, values))
-    if values.numel() != inputs.numel():
-        return False
-    if values.ndim == 2 and torch.equal(values, inputs.mT):
-        return True
-    return values.shape[-1] == inputs.shape[-1] and torch.equal(
-        values.reshape(inputs.shape), inputs
-    )
+        found = [_is_normalised(values, image) for image in _resized(inputs, values)]
+    elif values.numel() == inputs.numel():
+        if values.shape[-1] == inputs.shape[-1]:
+            found = [(values.reshape(inputs.shape) == inputs).all()]
+        if values.ndim == 2 and values.shape == inputs.mT.shape:
+            found.append((values == inputs.mT).all())
+    return _any(found, never)
 
 
 def _resized(images: Tensor, like: Tensor) -> Iterator[Tensor]:
@@ -220,7 +268,7 @@ def _resized(images: Tensor, like: Tensor) -> Iterator[Tensor]:
             yield resize(mode=mode, antialias=antialias)
 
 
-def _is_normalised(values: Tensor, images: Tensor) -> bool:
+def _is_normalised(values: Tensor, images: Tensor) -> Tensor:
     """Whether each channel is the image's, times a number plus a number."""
     dtype = torch.promote_types(values.dtype, torch.float32)
     true, plain = (t.to(dtype).transpose(0, 1).flatten(1) for t in (values, images))
@@ -229,7 +277,7 @@ def _is_normalised(values: Tensor, images: Tensor) -> bool:
     slope = (varied * true).sum(1, keepdim=True) / square.clamp(min=1e-30)
     rest = true - true.mean(1, keepdim=True) - slope * varied
     limit = 64 * torch.finfo(values.dtype).eps * true.abs().amax(1, keepdim=True)
-    return bool((rest.abs() <= limit).all() & (slope != 0).all())
+    return (rest.abs() <= limit).all() & (slope != 0).all()
 
 
 def countable(value: Any) -> Any:

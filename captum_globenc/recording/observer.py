@@ -12,16 +12,19 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn.modules import module as hooks
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
 
+from captum_globenc.deferred import holds
 from captum_globenc.encoders.discovery import find_encoder
 from captum_globenc.encoders.registry import model_type
 from captum_globenc.encoders.resolver import Encoder
@@ -77,7 +80,7 @@ class Observer(AttentionMode):
         self._inputs = inputs
         self._is_named = is_named
         self._differentiate = differentiate
-        self._thread = threading.get_ident()
+        self._thread = get_ident()
         self._searched: set[nn.Module] = set()
         self._is_inside = False
         self._undo = ExitStack()
@@ -121,21 +124,23 @@ class Observer(AttentionMode):
     # Modules
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if torch.compiler.is_compiling() or threading.get_ident() != self._thread:
+        if get_ident() != self._thread or is_compiling():
             return
         if self._encoder is None:
             self._look(module)
-        if self.recorder is not None:
-            self._leave_inference_mode()
-            self.recorder.module_begins(module, args)
-            if not self._is_inside:
-                encoder = self.recorder.encoder
-                self._is_inside = module in (encoder.module, encoder.embeddings)
-            if self.recorder.has_begun:
-                self._begin_layers(module, args, {})
+        recorder = self.recorder
+        if recorder is None:
+            return
+        self._leave_inference_mode()
+        recorder.module_begins(module, args)
+        if not self._is_inside:
+            encoder = recorder.encoder
+            self._is_inside = module in (encoder.module, encoder.embeddings)
+        if recorder.has_begun and self.head is not None and self.head.hidden is None:
+            self._begin_layers(module, args, {})
 
     def _leave(self, module: nn.Module, args: Any, *rest: Any) -> Any:
-        if torch.compiler.is_compiling() or threading.get_ident() != self._thread:
+        if get_ident() != self._thread or is_compiling():
             return None
         # Other threads may be told of no keywords while the hook comes and goes.
         kwargs, output = rest
@@ -173,8 +178,7 @@ class Observer(AttentionMode):
         """Tell the head's follower of the input of the first layer."""
         recorder, head = self.recorder, self.head
         assert recorder is not None
-        if head is None or head.hidden is not None:
-            return
+        assert head is not None
         if module is recorder.encoder.layers[0].layer:
             values = (*args, kwargs.get("hidden_states"), *kwargs.values())
             tensors = (value for value in values if isinstance(value, Tensor))
@@ -214,13 +218,11 @@ class Observer(AttentionMode):
     ) -> Any:
         """Run the operation as it is, but where the head would lose its gradient."""
         recorder, head = self.recorder, self.head
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return func(*args, **(kwargs or {}))
         if recorder is None or not recorder.has_begun:
             if func is nn.functional.embedding:
-                self._look_up(*args, **(kwargs or {}))
-                self.embedded.append(func(*args, **(kwargs or {})))
-                return self.embedded[-1]
+                return self._look_up(*args, **(kwargs or {}))
         elif head is not None and func is torch._C._set_grad_enabled:
             return func(recorder.is_in_head)
         elif head is not None and recorder.is_in_head:
@@ -235,6 +237,11 @@ class Observer(AttentionMode):
         """(batch, tokens) where a layer's attention runs now."""
         return None if self.recorder is None else self.recorder.attending()
 
+    def is_attention(self, sums_to_one: Tensor) -> bool:
+        """As in the last run, where a layer's products come in the same order."""
+        assert self.recorder is not None
+        return holds(self.recorder.next_product(), sums_to_one)
+
     def project(self, value: Tensor) -> None:
         """Keep what the values are made of."""
         assert self.recorder is not None
@@ -245,10 +252,14 @@ class Observer(AttentionMode):
         assert self.recorder is not None
         self.recorder.attend(call)
 
-    def _look_up(self, input: Tensor, weight: Tensor, *_: Any, **__: Any) -> None:
-        if self.recorder is not None:
-            check_lookup(input, weight, self.recorder.encoder)
+    def _look_up(
+        self, input: Tensor, weight: Tensor, *rest: Any, **named: Any
+    ) -> Tensor:
         self.lookups.append((input, weight))
+        if self.recorder is not None:
+            input = check_lookup(input, weight, self.recorder.encoder)
+        self.embedded.append(nn.functional.embedding(input, weight, *rest, **named))
+        return self.embedded[-1]
 
 
 # What is being watched, for a child that is forked meanwhile.

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from captum_globenc._captum import TargetType, select_targets
+from captum_globenc.deferred import check_later, holds
 from captum_globenc.encoders.architecture import Pooling
 from captum_globenc.errors import InputError, UnsupportedModelError
 from captum_globenc.recording.outputs import output_tensor
@@ -75,9 +77,10 @@ def gradients_of(
         return None
     batch = len(selected)
     # Outputs of each example by their own factor: gradients must follow it.
-    factors = 1 + _fixed_numbers(batch, selected)
+    factors = 1 + _fixed_numbers(batch, selected.dtype, selected.device)
     gradients = _gradients(selected.sum(), states, batch_dimension)
     norms = {layer: rows.norm(dim=-1) for layer, rows in gradients.items()}
+    followed = []
     if batch > 1:
         scaled = _gradients((selected.sum(1) * factors).sum(), states, batch_dimension)
         for layer, values in norms.items():
@@ -86,14 +89,21 @@ def gradients_of(
             dtypes = [selected.dtype, *(state.dtype for state in states.values())]
             unit = min(256 * max(torch.finfo(dtype).eps for dtype in dtypes), 0.1)
             limit = unit * expected.amax(1, keepdim=True)
-            if not ((scaled[layer].norm(dim=-1) - expected).abs() <= limit).all():
-                raise UnsupportedModelError(
-                    "the outputs of an example depend on other examples of the batch: "
-                    "pass one example at a time (internal_batch_size=1), or "
-                    "token_index."
-                )
+            follows = (scaled[layer].norm(dim=-1) - expected).abs() <= limit
+            followed.append(follows.all())
+    for is_followed in followed:
+        check_later(is_followed, _judge_examples)
     total = cast(Tensor, sum(values.sum(1) for values in norms.values()))
-    return gradients if (torch.isfinite(total) & (total > 0)).all() else None
+    has_gradient = torch.isfinite(total) & (total > 0)
+    return gradients if holds("a gradient of the head", has_gradient) else None
+
+
+def _judge_examples(are_independent: list[float]) -> None:
+    if not all(are_independent):
+        raise UnsupportedModelError(
+            "the outputs of an example depend on other examples of the batch: pass one "
+            "example at a time (internal_batch_size=1), or token_index."
+        )
 
 
 def _gradients(
@@ -122,21 +132,26 @@ def _gradients(
     return gradients
 
 
-def _fixed_numbers(count: int, like: Tensor) -> Tensor:
+@functools.lru_cache(maxsize=64)
+def _fixed_numbers(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The same positive random numbers on every run, (count)."""
     generator = torch.Generator().manual_seed(0)
-    return torch.rand(count, generator=generator, device="cpu").to(like)
+    return torch.rand(count, generator=generator, device="cpu").to(device, dtype)
 
 
 def check_padding(weights: Tensor, token_mask: Tensor) -> None:
     """Raise where padding is read, (batch, tokens)."""
     padding = (weights > 0) & ~token_mask
-    if padding.any():
-        example, position = padding.nonzero()[0].tolist()
-        raise InputError(
-            f"the head reads token {position} of example {example}, which is "
-            "padding: pad on the other side, or pass token_index."
-        )
+
+    def judge(is_read: list[float]) -> None:
+        if any(is_read):
+            example, position = padding.nonzero()[0].tolist()
+            raise InputError(
+                f"the head reads token {position} of example {example}, which is "
+                "padding: pad on the other side, or pass token_index."
+            )
+
+    check_later(padding.any(), judge)
 
 
 def selected_outputs(output: Tensor, target: TargetType, batch: int) -> Tensor:
@@ -162,7 +177,8 @@ def selected_outputs(output: Tensor, target: TargetType, batch: int) -> Tensor:
         )
     selected = selected.reshape(batch, -1)
     if target is None and selected.shape[1] > 1 and selected.is_floating_point():
-        selected = selected * (1 + _fixed_numbers(selected.shape[1], selected))
+        count, dtype, device = selected.shape[1], selected.dtype, selected.device
+        selected = selected * (1 + _fixed_numbers(count, dtype, device))
     return selected
 
 
@@ -178,7 +194,7 @@ def by_pooling(
     order = positions if pooling == "last" else -positions
     lowest = torch.iinfo(order.dtype).min
     index = order.masked_fill(~token_mask, lowest).argmax(-1)
-    return nn.functional.one_hot(index, token_mask.shape[1]).to(dtype)
+    return (positions == index[:, None]).to(dtype)
 
 
 def pools_as_said(

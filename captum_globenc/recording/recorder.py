@@ -7,12 +7,13 @@ import functools
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from captum_globenc.deferred import Judge, check_later
 from captum_globenc.encoders.resolver import Encoder, LayerModules
 from captum_globenc.encoders.weights import LayerWeights, WeightCache
 from captum_globenc.errors import (
@@ -82,6 +83,7 @@ class Recorder:
         self._drafts: list[LayerDraft] = []
         #: Layers that have run and are not projected yet.
         self._waiting: list[LayerDraft] = []
+        self._layout: Hashable = None
         self._steps: list[dict[str, Tensor]] = []
         self._units: list[float] = []
         self._handed: Version | None = None
@@ -123,6 +125,13 @@ class Recorder:
         """(batch, tokens) where a layer's attention runs now."""
         draft = self._draft
         return draft.shape if draft is not None and draft.is_attending else None
+
+    def next_product(self) -> Hashable:
+        """Which product of a layer's attention it is that may be attention."""
+        draft = self._draft
+        assert draft is not None
+        draft.products += 1
+        return ("attention", draft.name, draft.products)
 
     def project(self, value: Tensor) -> None:
         """Keep what ``torch.nn.MultiheadAttention`` makes values of."""
@@ -410,8 +419,10 @@ class Recorder:
         device = draft.inputs["layer"].device.type
         if torch.is_autocast_enabled(device):
             draft.autocast = torch.get_autocast_dtype(device)
-        if self._waiting and self._waiting[-1].layout != draft.layout:
+        if self._waiting and self._layout != draft.layout:
             self._project()
+        if not self._waiting:
+            self._layout = draft.layout
         self._waiting.append(draft)
         if len(self._waiting) >= most_at_once(draft.inputs["layer"].numel()):
             self._project()
@@ -427,7 +438,7 @@ class Recorder:
         with torch.no_grad(), torch.autocast(device, enabled=False):
             indices = [names.index(draft.modules.name) for draft in drafts]
             each = zip(drafts, self._weights.get(layers, indices), strict=True)
-            for group in grouped(each, _are_stacked):
+            for group in grouped(each, _joins_stack):
                 weights = LayerWeights.together([weights for _, weights in group])
                 assert weights is not None
                 below = self._steps[-1]["layer.output"] if self._steps else None
@@ -487,18 +498,21 @@ class Recorder:
             steps = [self._steps[index] for index in indices]
             identities = identities_of(steps[0], self._units[indices[0]], centred)
             self._check_finite(names, [step["layer.output"] for step in steps])
-            self.fits += fits(names, steps, identities, self.token_mask, hidden)
+            fits(names, steps, identities, self.token_mask, hidden, self.fits.extend)
 
     def _check_finite(self, names: list[str], outputs: list[Tensor]) -> None:
         values = torch.stack(outputs).flatten(1)
-        largest = torch.linalg.vector_norm(values, torch.inf, 1).tolist()
-        wrong = [n for n, size in zip(names, largest) if not math.isfinite(size)]
-        if wrong:
-            raise NonFiniteActivationError(
-                f"layer {wrong[0]!r}: its activations hold NaN or "
-                "infinity, so it cannot be decomposed. Look for NaN in the weights or "
-                "inputs, or for overflow (float16?)."
-            )
+
+        def judge(largest: list[float]) -> None:
+            wrong = [n for n, size in zip(names, largest) if not math.isfinite(size)]
+            if wrong:
+                raise NonFiniteActivationError(
+                    f"layer {wrong[0]!r}: its activations hold NaN or infinity, so it "
+                    "cannot be decomposed. Look for NaN in the weights or inputs, or "
+                    "for overflow (float16?)."
+                )
+
+        check_later(torch.linalg.vector_norm(values, torch.inf, 1), judge)
 
     def _check_mask(self, layer: str, call: AttentionCall) -> None:
         """Every layer must see the same tokens: what is padding is padding to all."""
@@ -513,17 +527,31 @@ class Recorder:
         if self._token_mask is None:
             check_token_mask(token_mask)
             self._token_mask = token_mask
-        elif not torch.equal(token_mask, self._token_mask):
+        else:
+            check_later(token_mask == self._token_mask, _sees_the_same(layer))
+        self._mask = call.mask
+
+
+def _sees_the_same(layer: str) -> Judge:
+    """Raise where not all of a layer's tokens are those of the layers below."""
+
+    def judge(is_same: list[float]) -> None:
+        if not all(is_same):
             raise UnsupportedModelError(
                 f"layer {layer!r} attends to other tokens than the layers below: its "
                 "mask hides some that theirs show, or shows some that theirs hide."
             )
-        self._mask = call.mask
+
+    return judge
 
 
-def _are_stacked(group: list[tuple[LayerDraft, LayerWeights]]) -> bool:
+def _joins_stack(
+    group: list[tuple[LayerDraft, LayerWeights]], layer: tuple[LayerDraft, LayerWeights]
+) -> bool:
     """Whether the weights of layers lie in one stack."""
-    return LayerWeights.together([weights for _, weights in group]) is not None
+    return (
+        LayerWeights.together([weights for _, weights in (*group, layer)]) is not None
+    )
 
 
 def _detached(tensor: Tensor) -> Tensor:

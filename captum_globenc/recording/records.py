@@ -11,10 +11,16 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from captum_globenc.deferred import check_later
 from captum_globenc.encoders.weights import LayerWeights, random_signs
 from captum_globenc.errors import InputError
 from captum_globenc.recording.attention import AttentionCall, attention_weights
-from captum_globenc.recording.grouping import grouped, most_at_once, stack
+from captum_globenc.recording.grouping import (
+    concatenated,
+    grouped,
+    most_at_once,
+    stack,
+)
 from captum_globenc.recording.verification import check, rounding_unit, tolerance
 
 #: A block of receivers: the same positions for all examples, or (batch, receivers)
@@ -215,16 +221,17 @@ def _no_replay(*_: Any, **__: Any) -> Tensor:
     )
 
 
-def can_be_stacked(layers: Sequence[LayerRecord]) -> bool:
-    """Whether layers have one layout, so that ``stacked`` takes them."""
+def joins_stack(layers: Sequence[LayerRecord], layer: LayerRecord) -> bool:
+    """Whether a layer has the layout of others, so that ``stacked`` takes all."""
 
     def layout(layer: LayerRecord) -> object:
         tensors = {"hidden": layer.hidden, **layer.call.tensors}.items()
         shapes = [(name, t.shape, t.dtype) for name, t in tensors]
         return (shapes, list(layer.deviations), layer.call.softmax_scale)
 
-    alike = all(layout(layer) == layout(layers[0]) for layer in layers[1:])
-    return alike and LayerWeights.together([x.weights for x in layers]) is not None
+    weights = [x.weights for x in (*layers, layer)]
+    alike = layout(layer) == layout(layers[0])
+    return alike and LayerWeights.together(weights) is not None
 
 
 def stacked(layers: Sequence[LayerRecord]) -> LayerRecord:
@@ -325,7 +332,8 @@ class Readout:
         cls, layers: int, index: Tensor, tokens: int, dtype: torch.dtype
     ) -> Readout:
         """One token of the last layer of each example, (batch)."""
-        weights = torch.nn.functional.one_hot(index, tokens).to(dtype)
+        positions = torch.arange(tokens, device=index.device)
+        weights = (positions == index[:, None]).to(dtype)
         return cls({layers: weights}, index[:, None])
 
 
@@ -339,26 +347,31 @@ def check_unchanged(layers: Sequence[LayerRecord]) -> None:
         InputError: a tensor has been.
     """
     most = most_at_once(layers[0].hidden.numel())
-    groups = grouped(layers, lambda group: len(group) <= most and _alike(group))
-    changes = torch.cat([_changes(group) for group in groups]).tolist()
-    for layer, change in zip(layers, changes, strict=True):
-        # Sums in another order; what is written is far more than rounding.
-        same = change <= 16 * tolerance(0.0, layer.dtype, layer.hidden.shape[-1])
-        if not same or not all(version.is_current for version in layer.versions):
-            raise InputError(
-                f"layer {layer.name!r}: tensors of its run were changed in place after "
-                "it, by forward_func or later, so that they are no longer what the "
-                "layer computed with. Change copies (tensor.clone()) instead."
-            )
+    groups = grouped(layers, lambda group, x: len(group) < most and _alike(group[0], x))
+    current = [all(v.is_current for v in layer.versions) for layer in layers]
+
+    def judge(changes: list[float]) -> None:
+        for layer, change, is_current in zip(layers, changes, current, strict=True):
+            # Sums in another order; what is written is far more than rounding.
+            limit = 16 * tolerance(0.0, layer.dtype, layer.hidden.shape[-1])
+            if not (change <= limit and is_current):
+                raise InputError(
+                    f"layer {layer.name!r}: tensors of its run were changed in place "
+                    "after it, by forward_func or later, so that they are no longer "
+                    "what the layer computed with. Change copies (tensor.clone()) "
+                    "instead."
+                )
+
+    check_later(concatenated([_changes(group) for group in groups]), judge)
 
 
-def _alike(group: Sequence[LayerRecord]) -> bool:
-    """Whether the last one's tensors have the shapes of the others'."""
-    first, last = (
-        [(t.shape, t.dtype) for t in (layer.hidden, layer.call.value)]
-        for layer in (group[0], group[-1])
+def _alike(layer: LayerRecord, other: LayerRecord) -> bool:
+    """Whether the tensors that are compared have the same shapes."""
+    first, second = (
+        [(t.shape, t.dtype) for t in (record.hidden, record.call.value)]
+        for record in (layer, other)
     )
-    return first == last
+    return first == second
 
 
 def _changes(group: Sequence[LayerRecord]) -> Tensor:

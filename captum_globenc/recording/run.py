@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from captum_globenc._captum import TargetType, format_additional_forward_args
+from captum_globenc.deferred import Judge, check_later, holds
 from captum_globenc.encoders.discovery import find_encoder, no_encoder_ran, unsupported
 from captum_globenc.encoders.resolver import Encoder
 from captum_globenc.encoders.weights import WeightCache
-from captum_globenc.errors import (
-    GlobEncError,
-)
+from captum_globenc.errors import GlobEncError, UnsupportedModelError
 from captum_globenc.recording.compiled import ignore_compiler_warning
 from captum_globenc.recording.evaluation_mode import evaluating
 from captum_globenc.recording.inputs import (
@@ -64,7 +63,7 @@ class EncoderRun:
         token_mask (Tensor): (batch, tokens), False at padding.
         final (Tensor): (batch, tokens, hidden), the last hidden states.
         grid (Grid or None): the patches of the image; None where there was none.
-        fits (tuple[Fit, ...]): how well each part of each layer is rebuilt.
+        fits (list[Fit]): how well each part of each layer is rebuilt.
         early (dict): modules in front of the layers → shapes of the tensors that they
             took and gave, as tensors without memory.
     """
@@ -77,7 +76,7 @@ class EncoderRun:
     token_mask: Tensor
     final: Tensor
     grid: Grid | None
-    fits: tuple[Fit, ...]
+    fits: list[Fit]
     early: dict[nn.Module, tuple[list[Tensor], list[Tensor]]]
     _states: dict[int, Tensor] = field(repr=False)
     _unfollowed: tuple[str, ...] = field(repr=False)
@@ -112,6 +111,19 @@ class EncoderRun:
             "an EncoderRun holds the model and what it computed, and cannot be copied "
             "or pickled: keep its Decomposition, or record it anew."
         )
+
+    def check_fits(self) -> None:
+        """Raise where a part of a layer is not rebuilt.
+
+        Raises:
+            ReconstructionError: one is not.
+        """
+
+        def judge(_: list[float]) -> None:
+            for fit in self.fits:
+                fit.raise_if_not()
+
+        check_later(None, judge)
 
     def check_unchanged(self) -> None:
         """Raise where tensors of the run have been written to since.
@@ -212,9 +224,10 @@ class EncoderRun:
             gradients = gradients_of(selected, self._states, self._batch_dimension)
         if gradients is None:
             raise no_gradient(root, "there is none, or it is 0, in an example")
-        lower = sorted(n for n, rows in gradients.items() if n < last and rows.any())
-        if lower:
-            raise no_gradient(root, f"it also reads hidden states of layers {lower}")
+        for layer, rows in sorted(gradients.items()):
+            if layer < last:
+                why = f"it also reads hidden states of layer {layer}"
+                check_later(rows.any(), _judge_unread(no_gradient(root, why)))
         return gradients[last]
 
     def _weighed(self, selected: Tensor) -> Readout:
@@ -247,7 +260,10 @@ class EncoderRun:
         for token in {0, output.shape[1] - 1}:
             selected = selected_outputs(output[:, token], None, len(output))
             shares = self._shares(selected, everything)
-            if shares is None or not (shares[len(self.layers)][:, token] == 1).all():
+            if shares is None:
+                return False
+            of_its_own = shares[len(self.layers)][:, token] == 1
+            if not holds(("an output per token", token), of_its_own):
                 return False
         return True
 
@@ -310,11 +326,19 @@ class EncoderRun:
         last = len(self.layers)
         shares = {layer: values.to(self.dtype) for layer, values in shares.items()}
         read = shares[last] > 0
-        if len(shares) == 1 and bool((read.sum(-1) == 1).all()):
+        if len(shares) == 1 and holds("one token is read", read.sum(-1) == 1):
             # Of one token each, few rows of the top layer do.
             index = read.int().argmax(-1, keepdim=True)
             return Readout({last: read.to(self.dtype)}, index)
         return Readout(shares, None)
+
+
+def _judge_unread(error: UnsupportedModelError) -> Judge:
+    def judge(is_read: list[float]) -> None:
+        if any(is_read):
+            raise error
+
+    return judge
 
 
 def record(
@@ -365,8 +389,7 @@ def record(
         WeightCache(),
         is_named=encoder is not None,
     )
-    for fit in run.fits:
-        fit.raise_if_not()
+    run.check_fits()
     return run
 
 
@@ -473,7 +496,7 @@ def observe(
         token_mask=recorder.token_mask,
         final=as_rows(final),
         grid=recorder.grid,
-        fits=tuple(recorder.fits),
+        fits=recorder.fits,
         early=observer.early,
         _states=states,
         _unfollowed=() if head is None else tuple(head.unfollowed),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from captum_globenc.deferred import check_later
 from captum_globenc.errors import InputError
 from captum_globenc.recording.attention import AttentionCall
 
@@ -32,16 +33,19 @@ def attention_targets(calls: list[AttentionCall], given: Tensor | None) -> Tenso
     taken = torch.stack([(call.attention() > 0).any(1) for call in calls]).any(0)
     if given is not None:
         kept = given.to(taken.device).bool()
-        if not (taken & kept[:, :, None] & ~kept[:, None, :]).any():
-            return kept
+        agrees = ~(taken & kept[:, :, None] & ~kept[:, None, :]).any()
+        return torch.where(agrees, kept, taken.any(1))
     return taken.any(1)
 
 
 def check_token_mask(token_mask: Tensor) -> None:
     """Raise where no token of an example is attended, (batch, tokens)."""
-    empty = (~token_mask.any(-1)).nonzero().flatten().tolist()
-    if empty:
-        raise InputError(
-            f"the attention mask of example {empty[0]} is all zero, so "
-            "there is no token to explain."
-        )
+
+    def judge(has_tokens: list[float]) -> None:
+        if not all(has_tokens):
+            raise InputError(
+                f"the attention mask of example {has_tokens.index(0)} is all zero, so "
+                "there is no token to explain."
+            )
+
+    check_later(token_mask.any(-1), judge)

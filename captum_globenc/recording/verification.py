@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from captum_globenc.deferred import check_later
 from captum_globenc.errors import ReconstructionError
-from captum_globenc.recording.grouping import grouped, most_at_once
+from captum_globenc.recording.grouping import concatenated, grouped, most_at_once
 
 # What deviations of correct layers stay below, of sums over n numbers: so many rounding
 # units of what the model computed in, and so many times the root of n of what is
@@ -104,7 +105,8 @@ def fits(
     identities: Sequence[Identity],
     token_mask: Tensor,
     hidden: int,
-) -> list[Fit]:
+    keep: Callable[[list[Fit]], None],
+) -> None:
     """How well identities hold.
 
     Args:
@@ -114,27 +116,31 @@ def fits(
         identities (sequence of Identity): of these layers.
         token_mask (Tensor): (batch, tokens), False at padding, which does not count.
         hidden (int): the hidden size.
-
-    Returns:
-        *list[Fit]*, one for each layer and identity.
+        keep (Callable): is given the fits, one for each layer and identity, once their
+            numbers are read.
     """
     dtype = steps[0][identities[0].true].dtype
 
-    def are_small(group: list[Identity]) -> bool:
-        true = [steps[0][identity.true] for identity in group]
-        numbers = len(steps) * _TERMS * true[0].numel()
-        return len(group) <= most_at_once(numbers) and true[-1].shape == true[0].shape
+    def joins(group: list[Identity], identity: Identity) -> bool:
+        first, true = (steps[0][one.true] for one in (group[0], identity))
+        most = most_at_once(len(steps) * _TERMS * first.numel())
+        return len(group) < most and true.shape == first.shape
 
     relative = [
-        _deviations(steps, group, token_mask)
-        for group in grouped(identities, are_small)
+        _deviations(steps, group, token_mask) for group in grouped(identities, joins)
     ]
-    largest = torch.cat(relative).tolist()
-    return [
-        Fit(layer, identity.part, deviation, tolerance(identity.unit, dtype, hidden))
-        for identity, deviations in zip(identities, largest, strict=True)
-        for layer, deviation in zip(layers, deviations)
-    ]
+
+    def judge(largest: list[float]) -> None:
+        pairs = itertools.product(identities, layers)
+        keep(
+            [
+                Fit(layer, identity.part, deviation, limit(identity.unit))
+                for (identity, layer), deviation in zip(pairs, largest, strict=True)
+            ]
+        )
+
+    limit = functools.partial(tolerance, dtype=dtype, terms=hidden)
+    check_later(concatenated(relative), judge)
 
 
 def _deviations(
@@ -196,8 +202,12 @@ def check(
         ReconstructionError: a deviation is larger, or not a number.
     """
     relative = _relative(deviation, size, token_mask).view(len(layers), -1)
-    for layer, largest in zip(layers, relative.amax(1).tolist()):
-        Fit(layer, part, largest, limit).raise_if_not()
+
+    def judge(largest: list[float]) -> None:
+        for layer, deviation in zip(layers, largest, strict=True):
+            Fit(layer, part, deviation, limit).raise_if_not()
+
+    check_later(relative.amax(1), judge)
 
 
 def _relative(deviation: Tensor, size: Tensor, token_mask: Tensor) -> Tensor:
