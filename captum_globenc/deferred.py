@@ -44,7 +44,9 @@ class _Deferred:
     def add(self, numbers: Tensor | None, judge: Judge) -> None:
         count = 0 if numbers is None else numbers.numel()
         if numbers is not None:
-            self._numbers.append(numbers.detach().reshape(-1))
+            numbers = numbers.detach() if numbers.requires_grad else numbers
+            flat = numbers if numbers.ndim == 1 else numbers.reshape(-1)
+            self._numbers.append(flat)
         self._judges.append((count, judge))
 
     def settle(self) -> None:

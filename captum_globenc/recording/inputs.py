@@ -190,9 +190,8 @@ def check_arrival(
     Raises:
         InputError: the encoder saw something else.
     """
-    never = torch.zeros((), dtype=torch.bool, device=inputs.device)
     if inputs.is_floating_point():
-        arrives = _any([_equal(values, inputs) for values in arrived], never)
+        arrives = _any([_equal(values, inputs) for values in arrived], inputs)
     else:
         by_table: dict[int, list[Tensor]] = {}
         for ids, table in lookups:
@@ -206,12 +205,12 @@ def check_arrival(
                 )
                 for group in candidates
             ],
-            never,
+            inputs,
         )
         for given in embeddings:
             if not any(given is values for values in embedded):
                 made = [_equal(given, values) for values in embedded]
-                arrives = arrives & _any(made, never)
+                arrives = arrives & _any(made, inputs)
     kind = {2: "ids", 3: "embeddings", 4: "images"}.get(inputs.ndim, "inputs")
     kind = kind if inputs.is_floating_point() else "ids"
 
@@ -228,10 +227,12 @@ def check_arrival(
     check_later(arrives, judge)
 
 
-def _any(found: list[Tensor], never: Tensor) -> Tensor:
-    """Whether one of them is true; of none, never."""
-    alike = (value.to(never.device) for value in found)
-    return functools.reduce(torch.logical_or, alike, never) if found else never
+def _any(found: list[Tensor], inputs: Tensor) -> Tensor:
+    """Whether one of them is true, on the device of the inputs; of none, False."""
+    if not found:
+        return torch.zeros((), dtype=torch.bool, device=inputs.device)
+    alike = (value.to(inputs.device) for value in found)
+    return functools.reduce(torch.logical_or, alike)
 
 
 def _equal(values: Tensor, inputs: Tensor) -> Tensor:
@@ -242,7 +243,6 @@ def _equal(values: Tensor, inputs: Tensor) -> Tensor:
     Ids may be (tokens, batch), images resized as a whole and normalised by channel.
     """
     values, inputs = values.detach(), inputs.detach().to(values)
-    never = torch.zeros((), dtype=torch.bool, device=values.device)
     found = []
     if inputs.ndim == values.ndim == 4:
         found = [_is_normalised(values, image) for image in _resized(inputs, values)]
@@ -251,7 +251,7 @@ def _equal(values: Tensor, inputs: Tensor) -> Tensor:
             found = [(values.reshape(inputs.shape) == inputs).all()]
         if values.ndim == 2 and values.shape == inputs.mT.shape:
             found.append((values == inputs.mT).all())
-    return _any(found, never)
+    return _any(found, values)
 
 
 def _resized(images: Tensor, like: Tensor) -> Iterator[Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ def by_gradient(
     if gradients is None:
         return None
     norms = {layer: rows.norm(dim=-1) for layer, rows in gradients.items()}
-    total = cast(Tensor, sum(values.sum(1) for values in norms.values()))
+    total = functools.reduce(torch.add, [values.sum(1) for values in norms.values()])
     shares = {layer: values / total[:, None] for layer, values in norms.items()}
     for values in shares.values():
         check_padding(values, token_mask)
@@ -76,12 +76,12 @@ def gradients_of(
     if not selected.requires_grad:
         return None
     batch = len(selected)
-    # Outputs of each example by their own factor: gradients must follow it.
-    factors = 1 + _fixed_numbers(batch, selected.dtype, selected.device)
     gradients = _gradients(selected.sum(), states, batch_dimension)
     norms = {layer: rows.norm(dim=-1) for layer, rows in gradients.items()}
     followed = []
     if batch > 1:
+        # Outputs of each example by their own factor: gradients must follow it.
+        factors = 1 + _fixed_numbers(batch, selected.dtype, selected.device)
         scaled = _gradients((selected.sum(1) * factors).sum(), states, batch_dimension)
         for layer, values in norms.items():
             expected = values * factors[:, None]
@@ -93,8 +93,8 @@ def gradients_of(
             followed.append(follows.all())
     for is_followed in followed:
         check_later(is_followed, _judge_examples)
-    total = cast(Tensor, sum(values.sum(1) for values in norms.values()))
-    has_gradient = torch.isfinite(total) & (total > 0)
+    total = functools.reduce(torch.add, [values.sum(1) for values in norms.values()])
+    has_gradient = (total > 0) & (total < torch.inf)
     return gradients if holds("a gradient of the head", has_gradient) else None
 
 
