@@ -45,8 +45,3 @@ def grouped(
 def stack(tensors: Sequence[Tensor]) -> Tensor:
     """Tensors of one shape in a new dimension in front; of one tensor a view."""
     return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
-
-
-def concatenated(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors one after another along the first dimension; one tensor as it is."""
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
