@@ -123,6 +123,7 @@ def _top_layer(run: EncoderRun, gradient: Tensor) -> Tensor:
         receivers = is_read.int().argmax(-1, keepdim=True)
         return projected(layer, receivers, take(gradient, receivers))
     total = gradient.new_zeros(run.shape)
-    for block in blocks(run.shape, run.heads):
+    batch, tokens = run.shape
+    for block in blocks(slice(0, tokens), batch * run.heads * tokens):
         total += projected(layer, block, take(gradient, block))
     return total

@@ -64,7 +64,7 @@ def closeness(record: LayerRecord) -> Rows:
 
 
 #: ALTI's contribution.
-ALTI_CONTRIBUTION = Contribution("ALTI", closeness)
+ALTI_CONTRIBUTION = Contribution("ALTI", closeness, narrows=True)
 
 
 def _state(record: LayerRecord, alpha: Tensor, receivers: Receivers) -> Tensor:

@@ -28,6 +28,9 @@ class Contribution:
         stacks (bool, optional): it takes records of several layers stacked, see
             ``captum_globenc.recording.records.stacked``. Default: False, it is
             given one layer after another.
+        narrows (bool, optional): what a receiver takes depends on no tokens but those
+            that it attends to: of long texts, it is given records of a part of the
+            tokens. Default: False, it is given all of them.
     """
 
     name: str
@@ -35,3 +38,4 @@ class Contribution:
     is_signed: bool = False
     replays: bool = False
     stacks: bool = False
+    narrows: bool = False

@@ -134,7 +134,7 @@ def norms_encoder(record: LayerRecord) -> Rows:
 
 #: Every local score by its name.
 LOCAL_SCORES: dict[str, Contribution] = {
-    name: Contribution(name, rows, stacks=True)
+    name: Contribution(name, rows, stacks=True, narrows=True)
     for name, rows in {
         "W": attention_weights,
         "W_FIXED_RES": attention_weights_fixed_residual,

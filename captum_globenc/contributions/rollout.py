@@ -21,16 +21,16 @@ from torch import Tensor
 
 from captum_globenc.contributions.contribution import Contribution
 from captum_globenc.errors import is_whole
-from captum_globenc.recording.grouping import concatenated, grouped, most_at_once
+from captum_globenc.recording.grouping import grouped, most_at_once
 from captum_globenc.recording.records import (
     LayerRecord,
     Readout,
-    Receivers,
     joins_stack,
     stacked,
     take,
 )
 from captum_globenc.recording.run import EncoderRun
+from captum_globenc.recording.windows import Window, windows
 
 # Attention weights held at once: 8 MB in float32, whatever the batch and the length.
 _HELD = 2**21
@@ -112,14 +112,17 @@ def _steps(
     Layers that are small are taken together, the highest one with all its rows.
     """
     top = max(readout.weights)
-    layers, last = run.layers[:top], top
+    layers, last, narrow = run.layers[:top], top, _narrow(contribution)
     for group in reversed(list(_groups(run, contribution, layers))):
         first = last - len(group)
         if len(group) == 1:
+            of = (contribution, group[0])
             # Of the highest layer only the rows that are read count.
-            which = readout.receivers if last == top else None
-            layer = functools.partial(_times_layer, run, contribution, group[0], which)
-            yield functools.partial(_one_step, layer)
+            if last == top and readout.receivers is not None:
+                times = functools.partial(_times_rows, *of, readout.receivers)
+            else:
+                times = functools.partial(_times_layer, *of, narrow(group[0]))
+            yield functools.partial(_one_step, times)
         else:
             most, dtype = _in_a_row(run)
             matrices = _matrices(run, contribution, group).to(dtype).unbind()[::-1]
@@ -179,26 +182,63 @@ def _steps_in_a_row(
 
 
 def _times_layer(
-    run: EncoderRun,
     contribution: Contribution,
     layer: LayerRecord,
-    receivers: Tensor | None,
+    narrow: Sequence[Window],
     row: Tensor,
 ) -> Tensor:
     """``r n^l``, (batch, tokens), in blocks of examples and of receivers."""
     batch, tokens = row.shape
-    size = max(1, batch if contribution.replays else _HELD // (run.heads * tokens**2))
-    parts = []
+    most = _HELD // (layer.heads * tokens**2)
+    size = batch if contribution.replays else max(1, most)
+    result = torch.zeros_like(row)
     for first in range(0, batch, size):
         examples = slice(first, first + size)
-        own = row[examples]
-        rows = contribution.rows(layer if size >= batch else layer.examples(examples))
-        of = (
-            blocks(own.shape, run.heads) if receivers is None else [receivers[examples]]
-        )
-        taken = (torch.bmm(take(own, block)[:, None], rows(block)) for block in of)
-        parts.append(functools.reduce(torch.add, taken)[:, 0])
-    return concatenated(parts)
+        part = layer if size >= batch else layer.examples(examples)
+        for receivers, sources, values in _values(contribution, part, narrow):
+            taken = torch.bmm(row[examples, None, receivers], values)
+            result[examples, sources] += taken[:, 0]
+    return result
+
+
+def _times_rows(
+    contribution: Contribution, layer: LayerRecord, receivers: Tensor, row: Tensor
+) -> Tensor:
+    """Likewise, where only these receivers, (batch, n), count."""
+    values = contribution.rows(layer)(receivers)
+    return torch.bmm(take(row, receivers)[:, None], values)[:, 0]
+
+
+def _values(
+    contribution: Contribution, layer: LayerRecord, narrow: Sequence[Window]
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """A layer's n^l in blocks: receivers, sources, and the values of their pairs.
+
+    Args:
+        contribution (Contribution): of one layer.
+        layer (LayerRecord): the layer.
+        narrow (sequence of Window): all receivers, and the sources that these can see;
+            what they take from others is 0, and left out.
+    """
+    batch = len(layer.token_mask)
+    for window in narrow:
+        first, stop = window.sources.start, window.sources.stop
+        part = layer if len(narrow) == 1 else layer.narrowed(window.sources)
+        rows = contribution.rows(part)
+        for block in blocks(window.inside, batch * layer.heads * (stop - first)):
+            receivers = slice(block.start + first, block.stop + first)
+            yield receivers, window.sources, rows(block)
+
+
+def _narrow(contribution: Contribution) -> Callable[[LayerRecord], list[Window]]:
+    """A layer → blocks of its receivers; layers with one mask share the search."""
+    search = functools.cache(windows)
+
+    def narrow(layer: LayerRecord) -> list[Window]:
+        mask = layer.call.mask if contribution.narrows else None
+        return search(mask, layer.token_mask.shape[1])
+
+    return narrow
 
 
 def _groups(
@@ -233,24 +273,28 @@ def decompose(run: EncoderRun, contribution: Contribution) -> Decomposition:
         dtype=run.dtype,
         device=run.token_mask.device,
     )
-    index = 0
+    narrow, index = _narrow(contribution), 0
     for group in _groups(run, contribution, run.layers):
-        rows = contribution.rows(stacked(group))
-        for block in blocks(run.shape, len(group) * run.heads):
-            values = rows(block).unflatten(0, (len(group), batch))
-            local[:, index : index + len(group), block] = values.transpose(0, 1)
-        index += len(group)
+        layer, layers = stacked(group), slice(index, index + len(group))
+        for receivers, sources, values in _values(contribution, layer, narrow(layer)):
+            by_layer = values.unflatten(0, (len(group), batch)).transpose(0, 1)
+            local[:, layers, receivers, sources] = by_layer
+        index = layers.stop
     pairs = run.token_mask[:, :, None] & run.token_mask[:, None, :]
     local.masked_fill_(~pairs[:, None], 0)
     return Decomposition(local, run.token_mask, contribution.name)
 
 
-def blocks(shape: Sequence[int], heads: int) -> Iterator[Receivers]:
-    """All receivers of a (batch, tokens) run, in blocks of bounded size."""
-    batch, tokens = shape
-    size = max(1, _HELD // (batch * heads * tokens))
-    for first in range(0, tokens, size):
-        yield slice(first, min(first + size, tokens))
+def blocks(receivers: slice, pairs: int) -> Iterator[slice]:
+    """Receivers in blocks of bounded size.
+
+    Args:
+        receivers (slice): from the first to the last.
+        pairs (int): how many attention weights each has.
+    """
+    size = max(1, _HELD // pairs)
+    for first in range(receivers.start, receivers.stop, size):
+        yield slice(first, min(first + size, receivers.stop))
 
 
 @dataclass(frozen=True)

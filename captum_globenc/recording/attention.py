@@ -11,6 +11,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -174,8 +175,7 @@ class AttentionMode(TorchFunctionMode):
             **({"enable_gqa": True} if enable_gqa else {}),
         )
         if is_causal:
-            square = query.new_ones(query.shape[-2], key.shape[-2], dtype=torch.bool)
-            attn_mask = square.tril()
+            attn_mask = _causal_mask(query.shape[-2], key.shape[-2], query.device)
         if attn_mask is not None and attn_mask.ndim < 4:
             attn_mask = attn_mask[(None,) * (4 - attn_mask.ndim)]
         # Autocast brings what goes in to one dtype, inside of the call.
@@ -342,6 +342,23 @@ def _rows_sum_to_one(weights: Tensor) -> Tensor:
     limit = 4 * max(torch.finfo(weights.dtype).eps, 1e-6)
     fits = ((total - 1).abs() <= limit) | (total == 0) | total.isnan()
     return fits.all() & ~(weights < 0).any() & ~total.isnan().all()
+
+
+# Causal masks that are in use: the layers of a run share one.
+_CAUSAL: WeakValueDictionary[tuple[int, int, torch.device], Tensor] = (
+    WeakValueDictionary()
+)
+
+
+def _causal_mask(receivers: int, sources: int, device: torch.device) -> Tensor:
+    """True where a receiver comes after a source, (1, 1, receivers, sources)."""
+    key = (receivers, sources, device)
+    mask = _CAUSAL.get(key)
+    if mask is None:
+        with torch.inference_mode(False):
+            square = torch.ones(receivers, sources, dtype=torch.bool, device=device)
+            mask = _CAUSAL[key] = square.tril()[None, None]
+    return mask
 
 
 def _check_mask(mask: Tensor, query: Tensor, key: Tensor) -> None:

@@ -183,25 +183,55 @@ class LayerRecord:
 
         A part of a batch cannot be run again.
         """
+        mask = self.call.mask
+        return self._part(
+            lambda tensor, *_: tensor[rows],
+            mask if mask is None or len(mask) == 1 else mask[rows],
+        )
+
+    def narrowed(self, tokens: slice) -> LayerRecord:
+        """The record of some tokens in turn, sharing memory with this one.
+
+        It holds for receivers that attend to no other tokens. It cannot be run again.
+        """
+        mask = self.call.mask
+        if mask is not None:
+            mask = mask[..., tokens if mask.shape[2] > 1 else slice(None), tokens]
+
+        def cut(tensor: Tensor, *dimensions: int) -> Tensor:
+            every = range(tensor.ndim)
+            return tensor[
+                tuple(tokens if n in dimensions else slice(None) for n in every)
+            ]
+
+        return self._part(cut, mask)
+
+    def _part(self, cut: Callable[..., Tensor], mask: Tensor | None) -> LayerRecord:
+        """The record of a part of the examples or tokens.
+
+        Args:
+            cut (Callable): a tensor with the examples first, and the dimensions of its
+                tokens → the part.
+            mask (Tensor or None): that of the part.
+        """
         call = self.call
-        mask = call.mask
         parts: dict[str, Any] = {
-            name: None if part is None else part[rows]
-            for name in ("value", "context", "weights", "query", "key")
-            for part in [getattr(call, name)]
+            name: cut(tensor, 2)
+            for name, tensor in call.tensors.items()
+            if name not in ("mask", "weights")
         }
-        if mask is not None and len(mask) > 1:
-            mask = mask[rows]
+        if call.weights is not None:
+            parts["weights"] = cut(call.weights, 2, 3)
         return replace(
             self,
             call=call._replace(**parts, mask=mask),
-            hidden=self.hidden[rows],
-            deviations={name: s[rows] for name, s in self.deviations.items()},
+            hidden=cut(self.hidden, 1),
+            deviations={name: cut(s, 1) for name, s in self.deviations.items()},
             replay=_no_replay,
-            hidden_probe=self.hidden_probe[rows],
-            value_probe=self.value_probe[rows],
-            context_probe=self.context_probe[rows],
-            token_mask=self.token_mask[rows],
+            hidden_probe=cut(self.hidden_probe, 2),
+            value_probe=cut(self.value_probe, 3),
+            context_probe=cut(self.context_probe, 3),
+            token_mask=cut(self.token_mask, 1),
         )
 
     def _mask_of(self, receivers: Receivers) -> Tensor | None:
