@@ -13,7 +13,7 @@ import torch
 import transformers as t
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from captum_globenc import LOCAL_SCORES, GlobEnc
+from captum_globenc import LOCAL_SCORES, AttnLRP, DecompX, GlobEnc
 from captum_globenc.recording import grouping
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "cost.py"
@@ -70,6 +70,24 @@ def test_twelve_layers_take_about_twice_the_operations_of_the_model() -> None:
     assert own <= 520
     if forward <= 487:
         assert forward + own <= 1_000
+
+
+@pytest.mark.parametrize("kind", [AttnLRP, DecompX])
+def test_signed_methods_take_at_most_twice_the_operations_of_a_gradient(
+    kind: type[AttnLRP] | type[DecompX],
+) -> None:
+    """With all checks; a forward and a backward pass to the embeddings is one."""
+    model, ids = deep_bert(), torch.randint(1, 100, (1, 16))
+    mask = torch.ones_like(ids)
+
+    def gradient() -> torch.Tensor:
+        embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
+        logits = model(inputs_embeds=embeddings, attention_mask=mask).logits
+        return torch.autograd.grad(logits[:, 1].sum(), embeddings)[0]
+
+    method = kind(model)
+    own = operations(lambda: method.attribute(ids, 1, mask))
+    assert own <= 2 * operations(gradient)
 
 
 @pytest.mark.parametrize("name", LOCAL_SCORES)
