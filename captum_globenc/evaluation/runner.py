@@ -11,11 +11,13 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from captum_globenc.catalogue import DEFAULT_MEASURES, PRESETS, check_measures
 from captum_globenc.comparison.explanation import class_names
 from captum_globenc.comparison.methods import methods_named
 from captum_globenc.encoders.discovery import find_encoder, unsupported
 from captum_globenc.errors import InputError
 from captum_globenc.evaluation import cost
+from captum_globenc.evaluation.arguments import check_counts
 from captum_globenc.evaluation.data import Example, read_examples
 from captum_globenc.evaluation.identity import (
     bytes_of,
@@ -24,9 +26,8 @@ from captum_globenc.evaluation.identity import (
     hashed,
     source_of,
 )
-from captum_globenc.evaluation.presets import PRESETS
 from captum_globenc.evaluation.result import BenchmarkResult
-from captum_globenc.evaluation.scoring import DEFAULT_MEASURES, MEASURES, Record
+from captum_globenc.evaluation.scoring import Record
 from captum_globenc.evaluation.store import Store
 from captum_globenc.evaluation.workers import Plan, pairs_of, run
 from captum_globenc.recording.evaluation_mode import evaluating
@@ -104,19 +105,8 @@ def benchmark(
         UnsupportedModelError: no supported encoder.
         NonFiniteActivationError: NaN or infinity from the model or a method.
     """
-    for name, number, least in [
-        ("limit", 1 if limit is None else limit, 1),
-        ("batch_size", batch_size, 1),
-        ("processes", processes, 1),
-        ("cost_texts", cost_texts, 0),
-    ]:
-        if isinstance(number, bool) or not isinstance(number, int) or number < least:
-            raise InputError(f"{name} must be at least {least}, got {number!r}.")
-    measures = [measures] if isinstance(measures, str) else list(measures)
-    if unknown := [measure for measure in measures if measure not in MEASURES]:
-        raise InputError(
-            f"unknown measure {unknown[0]!r}; known: {', '.join(MEASURES)}."
-        )
+    check_counts(limit, batch_size, processes, cost_texts)
+    measures = check_measures(measures)
     chosen = _chosen(methods)
     encoder = find_encoder(model)
     if encoder is None:
