@@ -12,6 +12,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from captum_globenc.catalogue import DEFAULT_MEASURES, PRESETS, check_measures
+from captum_globenc.comparison.batches import by_length
 from captum_globenc.comparison.explanation import class_names
 from captum_globenc.comparison.methods import methods_named
 from captum_globenc.encoders.discovery import find_encoder, unsupported
@@ -82,8 +83,9 @@ def benchmark(
         label_column (str, optional): where labels are, for the accuracy. Default: none;
             for tuples their second element.
         limit (int, optional): so many texts. Default: all.
-        batch_size (int, optional): so many texts at once; results do not depend on it
-            but for rounding. Default: 16.
+        batch_size (int, optional): so many texts at once, of about one length: they
+            are sorted within 32 batches. Results do not depend on it but for rounding.
+            Default: 16.
         processes (int, optional): so many at once, each with its own copy of the model;
             the threads are shared out among them. Methods that are no names must be
             such that they can be pickled, and a script must call this under ``if
@@ -161,7 +163,7 @@ def benchmark(
             judge = plan.judge()
             head = judge.tokenize([e.text for e in first], pairs_of(first))
             store.add_cost(cost.measure(model, judge.scorers, head), len(first))
-        waiting = _batches(chain(first, examples), batch_size, store.records)
+        waiting = _batches(chain(first, examples), batch_size, store.records, tokenizer)
         done = tqdm(
             desc="benchmark",
             unit=" texts",
@@ -222,11 +224,20 @@ def _chosen(methods: Mapping[str, Any] | Iterable[str]) -> dict[str, Any]:
 
 
 def _batches(
-    examples: Iterable[Example], size: int, done: Mapping[int, Record]
+    examples: Iterable[Example],
+    size: int,
+    done: Mapping[int, Record],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> Iterator[list[Example]]:
+    """Those that are not done, with little padding."""
+
+    def lengths(window: list[Example]) -> list[int]:
+        # verbose=False: texts that are too long for the model are cut later.
+        texts = [example.text for example in window], pairs_of(window)
+        return list(map(len, tokenizer(*texts, verbose=False)["input_ids"]))
+
     waiting = (example for example in examples if example.index not in done)
-    while batch := list(islice(waiting, size)):
-        yield batch
+    return by_length(waiting, size, lengths)
 
 
 def _length(texts: object) -> int | None:
