@@ -17,7 +17,7 @@ from captum_globenc.errors import InputError, did_you_mean
 
 _MOST_LABELS_SHOWN = 20
 # NAME or OWNER/NAME, as models on the Hugging Face hub are called.
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _CLASSIFIER = "ForSequenceClassification"
 
 
