@@ -480,7 +480,10 @@ def _is_cached(name: str) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
     configs = ("config.json", "adapter_config.json")
-    found = [try_to_load_from_cache(name, config) for config in configs]
+    try:
+        found = [try_to_load_from_cache(name, config) for config in configs]
+    except ValueError:  # No model can have this name.
+        return False
     return any(isinstance(path, str) for path in found)
 
 

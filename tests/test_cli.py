@@ -113,6 +113,7 @@ AT_ONCE: dict[str, tuple[int, list[str]]] = {
     ),
     "no such folder": (2, ["explain", "x", "--model", "{}/none"]),
     "no such model": (2, ["explain", "x", "--model", "no-such/model"]),
+    "impossible name": (2, ["explain", "x", "--model", "no..such"]),
     "empty folder": (2, ["explain", "x", "--model", "{}/empty"]),
     "page": (2, ["explain", "x", "--html", "{}/none/x.html"]),
     "preset": (2, ["benchmark", "--preset", "papr"]),
