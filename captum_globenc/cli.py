@@ -1,22 +1,40 @@
 """The command line: ``captum-globenc``.
 
 Torch and transformers take seconds to import, so they are imported where a command has
-to run a model, and ``--help`` answers at once.
+to run a model: the help, the table of families and most mistakes are answered at once.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from captum_globenc import __version__
-from captum_globenc.errors import GlobEncError, InputError
+from captum_globenc import __version__, demo
+from captum_globenc.catalogue import (
+    DEFAULT_LOCAL,
+    DEFAULT_METHODS,
+    LOCAL_SCORES,
+    MEASURES,
+    METHODS,
+    PRESETS,
+    check_measures,
+    check_methods,
+)
+from captum_globenc.comparison.checks import (
+    check_model_name,
+    check_text,
+    class_index,
+    labels_in,
+)
+from captum_globenc.errors import GlobEncError, InputError, named
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -95,22 +113,17 @@ def explain(
         str,
         typer.Option(
             metavar="NAME,...",
-            help="Any of globenc, W, W_FIXED_RES, W_RES, N, N_FIXED_RES, N_RES, "
-            "N_RES_LN, N_ENC, attention_last, attention_rollout, alti, value_zeroing, "
-            "globenc_class_aware, attnlrp, decompx, decompx_absdot, "
-            "integrated_attnlrp, integrated_decompx, integrated_gradients, saliency, "
-            "input_x_gradient, input_x_gradient_sum, gradient_shap, deep_lift, "
-            "feature_ablation, occlusion, kernel_shap, random.",
+            help=f"Any of {', '.join(METHODS)}.",
         ),
-    ] = "globenc,attnlrp,decompx,integrated_gradients",
+    ] = ",".join(DEFAULT_METHODS),
     local: Annotated[
         str,
         typer.Option(
             metavar="NAME",
-            help="The local score of globenc: W, W_FIXED_RES, W_RES, N, N_FIXED_RES, "
-            "N_RES, N_RES_LN or N_ENC.",
+            help=f"The local score of globenc: {', '.join(LOCAL_SCORES[:-1])} or "
+            f"{LOCAL_SCORES[-1]}.",
         ),
-    ] = "N_ENC",
+    ] = DEFAULT_LOCAL,
     target: Annotated[
         str | None,
         typer.Option(
@@ -138,11 +151,17 @@ def explain(
     ] = False,
 ) -> None:
     """Show which tokens of TEXT matter to a classifier, by several methods."""
+    if html is not None:
+        _check_writable(html)
+    try:
+        check_methods(_names(methods), local)
+        check_text(text)
+        _check_model(model, target)
+    except GlobEncError as error:
+        _fail(str(error))
     from captum_globenc.comparison.explanation import explain as explain_text
 
     _mute_transformers()
-    if html is not None:
-        _check_writable(html)
     try:
         explanation = explain_text(
             *_load(model),
@@ -211,9 +230,7 @@ def benchmark(
         str,
         typer.Option(
             metavar="NAME",
-            help="default; full: every method; paper: every local score, layer by "
-            "layer; paper-sst2, paper-mnli, paper-hatexplain: that on the paper's "
-            "models and data, from the hub.",
+            help="; ".join(f"{name}: {p.summary}" for name, p in PRESETS.items()) + ".",
         ),
     ] = "default",
     methods: Annotated[
@@ -224,8 +241,7 @@ def benchmark(
         str | None,
         typer.Option(
             metavar="NAME,...",
-            help="Instead of the preset's: rank_correlation, aopc, comprehensiveness, "
-            "sufficiency, log_odds, leave_one_out_tau, infidelity, sensitivity.",
+            help=f"Instead of the preset's: {', '.join(MEASURES)}.",
         ),
     ] = None,
     limit: Annotated[
@@ -249,15 +265,22 @@ def benchmark(
     """Measure attribution methods side by side on a classifier's texts."""
     try:
         from captum_globenc import evaluation
+        from captum_globenc.evaluation.arguments import check_counts
     except ImportError as error:
+        _fail(str(error))
+    try:
+        chosen = named(PRESETS, preset, "preset")
+        own_data = data or chosen.data
+        check_methods(_names(methods) or chosen.methods)
+        check_measures(_names(measures) or chosen.measures)
+        check_counts(limit, batch_size, processes)
+        if own_data is not None:
+            evaluation.read_examples(own_data)  # Opens nothing yet.
+        _check_model(model or chosen.model)
+    except GlobEncError as error:
         _fail(str(error))
     _mute_transformers()
     try:
-        if preset not in evaluation.PRESETS:
-            known = ", ".join(evaluation.PRESETS)
-            raise InputError(f"unknown preset {preset!r}; known: {known}.")
-        chosen = evaluation.PRESETS[preset]
-        own_data = data or chosen.data
         result = evaluation.benchmark(
             *_load(model or chosen.model),
             own_data or _shipped_sentences(),
@@ -296,21 +319,24 @@ def models(
     """List the supported families, or check a model of one."""
     from rich.table import Table
 
-    from captum_globenc import support
-
     if check is None:
+        from captum_globenc.encoders.table import rows
+
         table = Table("Family")
         # Whole, whatever the width: it is what one writes in code.
         table.add_column("model_type or class", overflow="fold")
         table.add_column("Norms")
         table.add_column("transformers from")
-        for row in support.rows():
+        for row in rows():
             table.add_row(row.title, row.name, row.norms, row.since)
         _show(table)
         return
-    _mute_transformers()
     fine = True
     try:
+        _check_model(check)
+        from captum_globenc import support
+
+        _mute_transformers()
         for encoder in _load_encoders(check):
             fine = _show_check(support.check_model(encoder)) and fine
     except GlobEncError as error:
@@ -365,13 +391,27 @@ def _load_encoders(name: str) -> list[PreTrainedModel]:
     return [part.eval() for part in (found if len(found) > 1 else [model])]
 
 
+def _check_model(name: str | None, target: str | None = None) -> None:
+    """Before torch is imported: what the files of a model say of a mistake.
+
+    Raises:
+        InputError: there is no such model, or no such class in it.
+    """
+    folder: Traversable = demo.FOLDER if name is None else Path(name)
+    if name is not None:
+        check_model_name(name)
+        if not folder.is_dir() and not _is_cached(name) and not _hub_knows(name):
+            raise _no_such_model(name)
+    labels = labels_in(folder)
+    if target is not None and labels is not None:
+        class_index(target, labels)
+
+
 def _names(given: str | None) -> list[str]:
     return [name.strip() for name in (given or "").split(",") if name.strip()]
 
 
 def _shipped_sentences() -> list[tuple[str, int]]:
-    from captum_globenc import demo
-
     return demo.held_out_sentences()
 
 
@@ -384,8 +424,6 @@ def _load(
         InputError: there is none, or it is no trained classifier.
     """
     if name is None:
-        from captum_globenc import demo
-
         return demo.load_classifier()
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -425,14 +463,31 @@ def _loading(name: str) -> Iterator[dict[str, bool]]:
         yield {"local_files_only": here or not _hub_knows(name)}
     except Exception as error:  # a folder can be wrong in any way
         if not here and isinstance(error, OSError):
-            raise InputError(
-                f"model {name!r}: there is no such folder, and the Hugging Face hub "
-                "has no such model or cannot be reached."
-            ) from error
+            raise _no_such_model(name) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"model {name!r} cannot be loaded: {reason}") from error
 
 
+def _no_such_model(name: str) -> InputError:
+    return InputError(
+        f"model {name!r}: there is no such folder, and the Hugging Face hub has no "
+        "such model or cannot be reached."
+    )
+
+
+def _is_cached(name: str) -> bool:
+    """Whether a model of the hub has been downloaded, in part at least."""
+    from huggingface_hub import try_to_load_from_cache
+
+    configs = ("config.json", "adapter_config.json")
+    try:
+        found = [try_to_load_from_cache(name, config) for config in configs]
+    except ValueError:  # No model can have this name.
+        return False
+    return any(isinstance(path, str) for path in found)
+
+
+@functools.cache
 def _hub_knows(name: str) -> bool:
     """Whether the hub answers for this model, asked once.
 

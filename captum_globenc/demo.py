@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import BertForSequenceClassification, PreTrainedTokenizerBase
 
-_FOLDER = files("captum_globenc") / "data" / "demo_classifier"
+#: Its files.
+FOLDER = files("captum_globenc") / "data" / "demo_classifier"
 
 
 def load_classifier() -> tuple[BertForSequenceClassification, PreTrainedTokenizerBase]:
@@ -25,7 +26,7 @@ def load_classifier() -> tuple[BertForSequenceClassification, PreTrainedTokenize
     """
     from transformers import AutoTokenizer, BertForSequenceClassification
 
-    with as_file(_FOLDER) as folder:
+    with as_file(FOLDER) as folder:
         model = BertForSequenceClassification.from_pretrained(folder, dtype="float32")
         return model.eval(), AutoTokenizer.from_pretrained(folder)
 
@@ -37,6 +38,6 @@ def held_out_sentences() -> list[tuple[str, int]]:
         *list* of (sentence, label), label 0 for negative and 1 for positive.
     """
     labels = {"negative": 0, "positive": 1}
-    lines = (_FOLDER / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (FOLDER / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     return [(record["text"], labels[record["label"]]) for record in records]

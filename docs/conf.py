@@ -25,8 +25,8 @@ from sphinx.errors import ExtensionError
 from sphinx.writers.html5 import HTML5Translator
 
 import captum_globenc
-from captum_globenc import support
 from captum_globenc.cli import app
+from captum_globenc.encoders import table
 from captum_globenc.methods import METHODS
 
 HERE = Path(__file__).parent
@@ -126,7 +126,7 @@ copybutton_prompt_is_regexp = True
 
 def support_table() -> str:
     """The supported models as Markdown, for support.md."""
-    return support.to_markdown()
+    return table.to_markdown()
 
 
 def command_line() -> str:

@@ -9,7 +9,7 @@ import pytest
 import transformers as t
 from typer.testing import CliRunner
 
-from captum_globenc import LOCAL_SCORES, __version__, demo
+from captum_globenc import LOCAL_SCORES, __version__, catalogue, demo
 from captum_globenc.cli import app
 from captum_globenc.methods import METHODS
 
@@ -85,23 +85,87 @@ def test_version_and_help() -> None:
         assert name in command.stdout
 
 
-def test_help_and_version_do_not_import_torch() -> None:
-    driver = (
-        "import sys\n"
-        "from captum_globenc.cli import app\n"
-        "app(sys.argv[1:], standalone_mode=False)\n"
-        "slow = {'torch', 'transformers', 'captum'} & set(sys.modules)\n"
-        "sys.exit(f'imported: {slow}' if slow else 0)\n"
+HEAVY = (
+    *("captum", "datasets", "matplotlib", "numpy", "pandas", "scipy", "sklearn"),
+    *("torch", "transformers"),
+)
+# Runs a command in a fresh interpreter and says which of these it has imported.
+DRIVER = f"""
+import atexit, sys
+atexit.register(lambda: print("\\n", *({set(HEAVY)!r} & set(sys.modules))))
+"""
+AT_ONCE: dict[str, tuple[int, list[str]]] = {
+    "help": (0, ["--help"]),
+    "help of explain": (0, ["explain", "--help"]),
+    "help of benchmark": (0, ["benchmark", "--help"]),
+    "version": (0, ["--version"]),
+    "table of families": (0, ["models"]),
+    "check of nothing": (2, ["models", "--check", "{}/none"]),
+    "option": (2, ["explain", "x", "--metods", "globenc"]),
+    "method": (2, ["explain", "x", "--methods", "globenk"]),
+    "local score": (2, ["explain", "x", "--local", "N_ENCC"]),
+    "empty text": (2, ["explain", " "]),
+    "label": (2, ["explain", "x", "--target", "possitive"]),
+    "index": (2, ["explain", "x", "--target", "2"]),
+    "label of a folder": (
+        2,
+        ["explain", "x", "--model", "{}/good", "--target", "positive"],
+    ),
+    "no such folder": (2, ["explain", "x", "--model", "{}/none"]),
+    "no such model": (2, ["explain", "x", "--model", "no-such/model"]),
+    "impossible name": (2, ["explain", "x", "--model", "no..such"]),
+    "empty folder": (2, ["explain", "x", "--model", "{}/empty"]),
+    "page": (2, ["explain", "x", "--html", "{}/none/x.html"]),
+    "preset": (2, ["benchmark", "--preset", "papr"]),
+    "method of a benchmark": (2, ["benchmark", "--methods", "globenk"]),
+    "measure": (2, ["benchmark", "--measures", "aopk"]),
+    "limit": (2, ["benchmark", "--limit", "0"]),
+    "data": (2, ["benchmark", "--data", "{}/none.csv"]),
+    "model of a benchmark": (2, ["benchmark", "--model", "{}/none"]),
+}
+
+
+def imported(code: str, *arguments: str) -> tuple[int, set[str]]:
+    """The exit code of a fresh interpreter and which heavy modules it has imported."""
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER + code, *arguments],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=120,
+        check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
     )
-    for arguments in (["--help"], ["explain", "--help"], ["--version"]):
-        done = subprocess.run(
-            [sys.executable, "-c", driver, *arguments],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        assert (done.returncode, done.stderr) == (0, "")
+    return done.returncode, set(done.stdout.splitlines()[-1].split())
+
+
+RUN = "from captum_globenc.cli import app; app(prog_name='captum-globenc')"
+
+
+@pytest.mark.parametrize(("code", "arguments"), AT_ONCE.values(), ids=AT_ONCE)
+def test_what_needs_no_model_waits_for_none(folders, code, arguments) -> None:
+    arguments = [argument.replace("{}", str(folders)) for argument in arguments]
+    assert imported(RUN, *arguments) == (code, set())
+
+
+def test_explain_imports_what_torch_transformers_and_captum_do() -> None:
+    code, found = imported(RUN, "explain", "Fine.", "--methods", "globenc")
+    assert code == 0
+    assert {"torch", "transformers", "captum"} <= found
+    code, needed = imported(
+        "import captum.attr\n"
+        "from transformers import AutoTokenizer, BertForSequenceClassification\n"
+    )
+    assert code == 0
+    assert found <= needed
+
+
+def test_names_are_those_that_there_are() -> None:
+    assert list(LOCAL_SCORES) == list(catalogue.LOCAL_SCORES)
+    assert list(METHODS) == list(catalogue.METHODS)
+    for name, method in METHODS.items():
+        assert method.reduction == catalogue.METHODS[name]
+        assert method.local == catalogue.ROLLOUTS.get(name)
 
 
 def test_explain_prints_the_default_methods_under_one_another() -> None:

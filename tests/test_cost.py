@@ -13,24 +13,37 @@ import torch
 import transformers as t
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from captum_globenc import LOCAL_SCORES, GlobEnc
+from captum_globenc import LOCAL_SCORES, AttnLRP, DecompX, GlobEnc
 from captum_globenc.recording import grouping
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "cost.py"
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_the_script_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_script_runs(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     output = tmp_path / "cost.json"
-    given = ["--batch", "1", "--tokens", "6", "--single-tokens", "4"]
-    given += ["--rounds", "1", "--slow-rounds", "1"]
+    given = ["--shapes", "six-layer:1x6", "six-layer:2x4", "--rounds", "1"]
+    given += ["--slow-shapes", "six-layer:1x6", "--slow-rounds", "1"]
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *given, "--output", str(output)])
-    runpy.run_path(str(SCRIPT), run_name="__main__")
-    first, single = json.loads(output.read_text("utf-8"))["results"]
+    script = runpy.run_path(str(SCRIPT), run_name="__main__")
+    first, other = json.loads(output.read_text("utf-8"))["results"]
     assert first["largest_relative_difference_to_textbook"] < 1e-4
-    assert len(first["methods"]) == 4
-    assert single["tokens"] == 4
-    assert list(single["methods"]) == ["forward pass", "GlobEnc"]
+    assert other["largest_relative_difference_to_textbook"] is None
+    assert len(first["methods"]) == len(other["methods"]) + 2 == 10
+    assert (other["model"], other["batch"], other["tokens"]) == ("six-layer", 2, 4)
+    for result in (first, other):
+        assert result["methods"]["forward pass"]["median_ratio_to_forward"] == 1
+        assert result["methods"]["AttnLRP"]["rounds"] == 1
+    every, signed = script["markdown"]([first, other]).strip().split("\n\n")
+    assert capsys.readouterr().out == f"{every}\n\n{signed}\n"
+    assert [line.count("|") for line in every.splitlines()] == [4] * 12
+    assert every.splitlines()[-1].endswith(" \N{EN DASH} |")
+    ratio = first["methods"]["DecompX"]["median_ratio_to_forward_and_backward"]
+    assert f"| **DecompX** | {ratio:.2f}" in signed or ratio >= 10
 
 
 class Operations(TorchDispatchMode):
@@ -152,6 +165,24 @@ def test_a_read_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reads(lambda: values.nonzero(), monkeypatch) == 1
     assert reads(lambda: values[values > 0], monkeypatch) == 1
     assert reads(lambda: bool((values > 0).all()), monkeypatch) == 1
+
+
+@pytest.mark.parametrize("kind", [AttnLRP, DecompX])
+def test_signed_methods_take_at_most_twice_the_operations_of_a_gradient(
+    kind: type[AttnLRP] | type[DecompX],
+) -> None:
+    """With all checks; a forward and a backward pass to the embeddings is one."""
+    model, ids = deep_bert(), torch.randint(1, 100, (1, 16))
+    mask = torch.ones_like(ids)
+
+    def gradient() -> torch.Tensor:
+        embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
+        logits = model(inputs_embeds=embeddings, attention_mask=mask).logits
+        return torch.autograd.grad(logits[:, 1].sum(), embeddings)[0]
+
+    method = kind(model)
+    own = operations(lambda: method.attribute(ids, 1, mask))
+    assert own <= 2 * operations(gradient)
 
 
 @pytest.mark.parametrize("name", LOCAL_SCORES)

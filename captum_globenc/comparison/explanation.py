@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
@@ -15,17 +14,13 @@ from torch import Tensor
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from captum_globenc.attribution.globenc import GlobEnc
+from captum_globenc.catalogue import DEFAULT_LOCAL, DEFAULT_METHODS
+from captum_globenc.comparison.checks import check_text, class_index
 from captum_globenc.comparison.methods import Method, logits_of, methods_named
 from captum_globenc.contributions.rollout import Decomposition
 from captum_globenc.encoders.discovery import find_encoder, unsupported
-from captum_globenc.errors import (
-    InputError,
-    NonFiniteActivationError,
-    did_you_mean,
-)
+from captum_globenc.errors import InputError, NonFiniteActivationError
 from captum_globenc.recording.evaluation_mode import evaluating
-
-_MOST_LABELS_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -114,14 +109,9 @@ def explain(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     text: str,
-    methods: str | Iterable[str] = (
-        "globenc",
-        "attnlrp",
-        "decompx",
-        "integrated_gradients",
-    ),
+    methods: str | Iterable[str] = DEFAULT_METHODS,
     *,
-    local: str = "N_ENC",
+    local: str = DEFAULT_LOCAL,
     target: str | int | None = None,
     truncate: bool = False,
     decompose: bool = False,
@@ -166,7 +156,7 @@ def explain(
         ('[CLS]', 'a', 'lovely', 'film', '.', '[SEP]')
     """
     chosen = methods_named(methods, local=local)
-    _check_text(text)
+    check_text(text)
     encoder = find_encoder(model)
     if encoder is None:
         raise unsupported(model)
@@ -204,20 +194,6 @@ def explain(
         methods=scores,
         decompositions=decompositions,
     )
-
-
-def _check_text(text: object) -> None:
-    if not isinstance(text, str):
-        raise InputError(f"text must be a str, got {type(text).__name__}: {text!r}")
-    if not text.strip():
-        raise InputError(f"the text is empty ({text!r}): give at least one word.")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        wrong = text[error.start]
-        raise InputError(
-            f"the text is not valid Unicode: it holds {wrong!r}."
-        ) from None
 
 
 def _tokenize(
@@ -308,41 +284,7 @@ def find_class(target: object, outputs: list[ClassScore]) -> ClassScore:
     Raises:
         InputError: there is none of that name or index.
     """
-    if not isinstance(target, str):
-        return outputs[_index_of(target, len(outputs))]
-    labels = [output.label for output in outputs]
-    folded = [label.casefold() for label in labels]
-    if target in labels:
-        return outputs[labels.index(target)]
-    name = target
-    if folded.count(name.casefold()) == 1:
-        return outputs[folded.index(name.casefold())]
-    known = ", ".join(f"{o.index} {o.label}" for o in outputs[:_MOST_LABELS_SHOWN])
-    known += ", ..." if len(outputs) > _MOST_LABELS_SHOWN else ""
-    try:
-        index = int(name)
-    except ValueError:
-        hint = did_you_mean(name, labels)
-        raise InputError(f"unknown label {target!r}; known: {known}.{hint}") from None
-    if not 0 <= index < len(outputs):
-        raise InputError(
-            f"target {target!r} is outside the model's {len(outputs)} labels: {known}."
-        )
-    return outputs[index]
-
-
-def _index_of(target: Any, classes: int) -> int:
-    """As Captum counts: from the end where negative; tensors of one integer, too."""
-    try:
-        index = operator.index(target)
-    except TypeError:
-        raise InputError(
-            f"target must be a label or an index, got {type(target).__name__}: "
-            f"{target!r}."
-        ) from None
-    if not -classes <= index < classes:
-        raise InputError(f"target {index} is outside the model's {classes} labels.")
-    return index % classes
+    return outputs[class_index(target, [output.label for output in outputs])]
 
 
 def _timed(

@@ -36,6 +36,7 @@ from captum.attr import (
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from captum_globenc import catalogue
 from captum_globenc.attribution.alti import ALTI
 from captum_globenc.attribution.attnlrp import AttnLRP
 from captum_globenc.attribution.base import RolloutAttribution
@@ -46,18 +47,24 @@ from captum_globenc.attribution.linearized import (
     LinearizedAttribution,
 )
 from captum_globenc.attribution.value_zeroing import ValueZeroing
-from captum_globenc.contributions.norm_scores import LOCAL_SCORES, local_score
-from captum_globenc.errors import InputError, named
+from captum_globenc.catalogue import (
+    DEFAULT_LOCAL,
+    GRADIENT_SHAP_SAMPLES,
+    KERNEL_SHAP_SAMPLES,
+    POINTS,
+    ROLLOUTS,
+    STEPS,
+    WINDOW,
+    check_methods,
+    rollout_of,
+)
+from captum_globenc.errors import InputError
 
 Scorer = Callable[..., Tensor]
+Builder = Callable[[PreTrainedModel, PreTrainedTokenizerBase], Scorer]
 
-_STEPS = 50
 _STEPS_AT_ONCE = 25
-_SHAP_BASELINES = 5
-_SHAP_SAMPLES = 200
 _SAMPLES_AT_ONCE = 50
-_WINDOW = 3
-_POINTS = 3
 _LINEARIZED = LinearizedAttribution | LayerLinearizedAttribution
 
 
@@ -73,7 +80,7 @@ class Method:
             None, for methods that are no rollout.
     """
 
-    build: Callable[[PreTrainedModel, PreTrainedTokenizerBase], Scorer]
+    build: Builder
     reduction: str
     local: str | None = None
 
@@ -158,7 +165,7 @@ def _captum_scorer(
 
 
 def methods_named(
-    names: str | Iterable[str], *, local: str = "N_ENC"
+    names: str | Iterable[str], *, local: str = DEFAULT_LOCAL
 ) -> dict[str, Method]:
     """The methods of these names, in this order, each once.
 
@@ -172,19 +179,11 @@ def methods_named(
     Raises:
         InputError: no name, an unknown name or an unknown local score.
     """
-    local_score(local)  # Raises where there is none.
     available = {**METHODS, "globenc": _globenc_of(local)}
-    chosen = {}
-    for name in [names] if isinstance(names, str) else names:
-        chosen[name] = named(available, name, "method")
-    if not chosen:
-        raise InputError(f"no method asked for; known: {', '.join(available)}.")
-    return chosen
+    return {name: available[name] for name in check_methods(names, local, METHODS)}
 
 
-def _rollout_of(
-    method: Callable[..., RolloutAttribution], reduction: str, local: str | None = None
-) -> Method:
+def _rollout_of(method: Callable[..., RolloutAttribution]) -> Builder:
     """A rollout method, made with ``method(forward_func, encoder=model)``."""
 
     def build(model: PreTrainedModel, _: PreTrainedTokenizerBase) -> Scorer:
@@ -196,12 +195,12 @@ def _rollout_of(
 
         return scores
 
-    return Method(build, reduction, local)
+    return build
 
 
 def _globenc_of(local: str) -> Method:
-    reduction = f"rollout of {local}: how much of each token reaches the head"
-    return _rollout_of(functools.partial(GlobEnc, local=local), reduction, local)
+    build = _rollout_of(functools.partial(GlobEnc, local=local))
+    return Method(build, rollout_of(local), local)
 
 
 def _attention_last(model: PreTrainedModel, _: PreTrainedTokenizerBase) -> Scorer:
@@ -223,7 +222,7 @@ def _integrated_gradients(
         model,
         tokenizer,
         lambda ids: {
-            "n_steps": _STEPS,
+            "n_steps": STEPS,
             "internal_batch_size": max(_STEPS_AT_ONCE, len(ids)),
         },
     )
@@ -272,7 +271,7 @@ def _gradient_shap(
             GradientShap(logits_of(model, "inputs_embeds")),
             model,
             tokenizer,
-            lambda ids: {"n_samples": _SHAP_BASELINES, "stdevs": 0.0},
+            lambda ids: {"n_samples": GRADIENT_SHAP_SAMPLES, "stdevs": 0.0},
         )
     )
 
@@ -284,7 +283,7 @@ def _kernel_shap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
         model,
         tokenizer,
         lambda ids: {
-            "n_samples": _SHAP_SAMPLES,
+            "n_samples": KERNEL_SHAP_SAMPLES,
             "perturbations_per_eval": _SAMPLES_AT_ONCE,
         },
     )
@@ -307,7 +306,7 @@ def _occlusion(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Sc
         model,
         tokenizer,
         lambda ids: {
-            "sliding_window_shapes": (min(_WINDOW, ids.shape[1]),),
+            "sliding_window_shapes": (min(WINDOW, ids.shape[1]),),
             "perturbations_per_eval": _SAMPLES_AT_ONCE,
         },
     )
@@ -322,7 +321,7 @@ def _random(_: PreTrainedModel, __: PreTrainedTokenizerBase) -> Scorer:
 
 def _linearized(
     kind: Callable[..., LinearizedAttribution],
-) -> Callable[[PreTrainedModel, PreTrainedTokenizerBase], Scorer]:
+) -> Builder:
     def build(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Scorer:
         method = kind(logits_of(model, "input_ids"))
         return _captum_scorer(method, model, tokenizer)
@@ -332,89 +331,49 @@ def _linearized(
 
 def _integrated(
     kind: Callable[..., LinearizedAttribution],
-) -> Callable[[PreTrainedModel, PreTrainedTokenizerBase], Scorer]:
+) -> Builder:
     def build(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Scorer:
         _pad_token(tokenizer)
         return _captum_scorer(
             kind(logits_of(model, "input_ids")),
             model,
             tokenizer,
-            lambda ids: {"baselines": _blank(ids, tokenizer), "n_steps": _POINTS},
+            lambda ids: {"baselines": _blank(ids, tokenizer), "n_steps": POINTS},
         )
 
     return build
 
 
-_BASELINE = "from a baseline of pad tokens between [CLS] and [SEP]"
+_BUILDERS: dict[str, Builder] = {
+    **{
+        name: _rollout_of(functools.partial(GlobEnc, local=local))
+        for name, local in ROLLOUTS.items()
+    },
+    "attention_last": _attention_last,
+    "alti": _rollout_of(ALTI),
+    "value_zeroing": _rollout_of(ValueZeroing),
+    "globenc_class_aware": _rollout_of(functools.partial(GlobEnc, class_aware=True)),
+    "attnlrp": _linearized(AttnLRP),
+    "decompx": _linearized(DecompX),
+    "decompx_absdot": _linearized(functools.partial(DecompX, biases="absdot")),
+    "integrated_attnlrp": _integrated(AttnLRP),
+    "integrated_decompx": _integrated(DecompX),
+    "integrated_gradients": _integrated_gradients,
+    "saliency": _saliency,
+    "input_x_gradient": _input_x_gradient,
+    "input_x_gradient_sum": _input_x_gradient_sum,
+    "gradient_shap": _gradient_shap,
+    "deep_lift": _deep_lift,
+    "feature_ablation": _feature_ablation,
+    "occlusion": _occlusion,
+    "kernel_shap": _kernel_shap,
+    "random": _random,
+}
 
 #: Every method by its name.
 METHODS: dict[str, Method] = {
-    "globenc": _globenc_of("N_ENC"),
-    **{name: _globenc_of(name) for name in LOCAL_SCORES},
-    "attention_last": Method(
-        _attention_last, "attention from [CLS] in the last layer, mean over heads"
-    ),
-    "attention_rollout": _globenc_of("W_FIXED_RES"),
-    "alti": _rollout_of(
-        ALTI, "rollout of how close each token's vector is to the layer's state (L1)"
-    ),
-    "value_zeroing": _rollout_of(
-        ValueZeroing,
-        "rollout of how much each layer's output turns without a token's values",
-    ),
-    "globenc_class_aware": _rollout_of(
-        functools.partial(GlobEnc, class_aware=True),
-        "rollout of N_ENC, the top layer's vectors projected on the class's gradient; "
-        "signed",
-    ),
-    "attnlrp": Method(
-        _linearized(AttnLRP), "relevance at the embedding block's output, signed"
-    ),
-    "decompx": Method(
-        _linearized(DecompX),
-        "relevance at the embedding block's output, without biases, signed",
-    ),
-    "decompx_absdot": Method(
-        _linearized(functools.partial(DecompX, biases="absdot")),
-        "the same with biases, shared by absdot: sums to the output, signed",
-    ),
-    "integrated_attnlrp": Method(
-        _integrated(AttnLRP), f"AttnLRP at {_POINTS} points {_BASELINE}, signed"
-    ),
-    "integrated_decompx": Method(
-        _integrated(DecompX), f"DecompX at {_POINTS} points {_BASELINE}, signed"
-    ),
-    "integrated_gradients": Method(
-        _integrated_gradients,
-        f"{_STEPS} steps {_BASELINE}, on the word embeddings; sum over hidden, signed",
-    ),
-    "saliency": Method(
-        _saliency, "gradient at the word embeddings; sum of absolute values over hidden"
-    ),
-    "input_x_gradient": Method(
-        _input_x_gradient, "word embeddings times gradient; L2 norm over hidden"
-    ),
-    "input_x_gradient_sum": Method(
-        _input_x_gradient_sum, "word embeddings times gradient; sum over hidden, signed"
-    ),
-    "gradient_shap": Method(
-        _gradient_shap,
-        f"{_SHAP_BASELINES} samples {_BASELINE}, on the word embeddings; sum over "
-        "hidden, signed",
-    ),
-    "deep_lift": Method(
-        _deep_lift, f"{_BASELINE}, on the word embeddings; sum over hidden, signed"
-    ),
-    "feature_ablation": Method(
-        _feature_ablation, "each token in turn replaced by the pad token; signed"
-    ),
-    "occlusion": Method(
-        _occlusion, f"windows of {_WINDOW} tokens replaced by pad tokens; signed"
-    ),
-    "kernel_shap": Method(
-        _kernel_shap, f"{_SHAP_SAMPLES} samples {_BASELINE}, on the ids; signed"
-    ),
-    "random": Method(_random, "uniform random numbers: what chance gives"),
+    name: Method(_BUILDERS[name], reduction, ROLLOUTS.get(name))
+    for name, reduction in catalogue.METHODS.items()
 }
 
 

@@ -23,6 +23,7 @@ from captum_globenc.encoders.parts import (
 PROBES = 8
 
 
+@functools.cache
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype to compute in: float32 at least."""
     return torch.promote_types(dtype, torch.float32)

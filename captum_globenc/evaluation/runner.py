@@ -11,11 +11,14 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from captum_globenc.catalogue import DEFAULT_MEASURES, PRESETS, check_measures
+from captum_globenc.comparison.batches import by_length
 from captum_globenc.comparison.explanation import class_names
 from captum_globenc.comparison.methods import methods_named
 from captum_globenc.encoders.discovery import find_encoder, unsupported
 from captum_globenc.errors import InputError
 from captum_globenc.evaluation import cost
+from captum_globenc.evaluation.arguments import check_counts
 from captum_globenc.evaluation.data import Example, read_examples
 from captum_globenc.evaluation.identity import (
     bytes_of,
@@ -24,9 +27,8 @@ from captum_globenc.evaluation.identity import (
     hashed,
     source_of,
 )
-from captum_globenc.evaluation.presets import PRESETS
 from captum_globenc.evaluation.result import BenchmarkResult
-from captum_globenc.evaluation.scoring import DEFAULT_MEASURES, MEASURES, Record
+from captum_globenc.evaluation.scoring import Record
 from captum_globenc.evaluation.store import Store
 from captum_globenc.evaluation.workers import Plan, pairs_of, run
 from captum_globenc.recording.evaluation_mode import evaluating
@@ -81,8 +83,9 @@ def benchmark(
         label_column (str, optional): where labels are, for the accuracy. Default: none;
             for tuples their second element.
         limit (int, optional): so many texts. Default: all.
-        batch_size (int, optional): so many texts at once; results do not depend on it
-            but for rounding. Default: 16.
+        batch_size (int, optional): so many texts at once, of about one length: they
+            are sorted within 32 batches. Results do not depend on it but for rounding.
+            Default: 16.
         processes (int, optional): so many at once, each with its own copy of the model;
             the threads are shared out among them. Methods that are no names must be
             such that they can be pickled, and a script must call this under ``if
@@ -104,19 +107,8 @@ def benchmark(
         UnsupportedModelError: no supported encoder.
         NonFiniteActivationError: NaN or infinity from the model or a method.
     """
-    for name, number, least in [
-        ("limit", 1 if limit is None else limit, 1),
-        ("batch_size", batch_size, 1),
-        ("processes", processes, 1),
-        ("cost_texts", cost_texts, 0),
-    ]:
-        if isinstance(number, bool) or not isinstance(number, int) or number < least:
-            raise InputError(f"{name} must be at least {least}, got {number!r}.")
-    measures = [measures] if isinstance(measures, str) else list(measures)
-    if unknown := [measure for measure in measures if measure not in MEASURES]:
-        raise InputError(
-            f"unknown measure {unknown[0]!r}; known: {', '.join(MEASURES)}."
-        )
+    check_counts(limit, batch_size, processes, cost_texts)
+    measures = check_measures(measures)
     chosen = _chosen(methods)
     encoder = find_encoder(model)
     if encoder is None:
@@ -171,7 +163,7 @@ def benchmark(
             judge = plan.judge()
             head = judge.tokenize([e.text for e in first], pairs_of(first))
             store.add_cost(cost.measure(model, judge.scorers, head), len(first))
-        waiting = _batches(chain(first, examples), batch_size, store.records)
+        waiting = _batches(chain(first, examples), batch_size, store.records, tokenizer)
         done = tqdm(
             desc="benchmark",
             unit=" texts",
@@ -232,11 +224,20 @@ def _chosen(methods: Mapping[str, Any] | Iterable[str]) -> dict[str, Any]:
 
 
 def _batches(
-    examples: Iterable[Example], size: int, done: Mapping[int, Record]
+    examples: Iterable[Example],
+    size: int,
+    done: Mapping[int, Record],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> Iterator[list[Example]]:
+    """Those that are not done, with little padding."""
+
+    def lengths(window: list[Example]) -> list[int]:
+        # verbose=False: texts that are too long for the model are cut later.
+        texts = [example.text for example in window], pairs_of(window)
+        return list(map(len, tokenizer(*texts, verbose=False)["input_ids"]))
+
     waiting = (example for example in examples if example.index not in done)
-    while batch := list(islice(waiting, size)):
-        yield batch
+    return by_length(waiting, size, lengths)
 
 
 def _length(texts: object) -> int | None:

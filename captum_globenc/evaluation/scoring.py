@@ -31,19 +31,6 @@ from captum_globenc.evaluation.perturbation import (
     strongest,
 )
 
-#: Every measure; the last two attribute each text several times over.
-MEASURES = (
-    "rank_correlation",
-    "aopc",
-    "comprehensiveness",
-    "sufficiency",
-    "log_odds",
-    "leave_one_out_tau",
-    "infidelity",
-    "sensitivity",
-)
-DEFAULT_MEASURES = MEASURES[:6]
-
 _REFERENCE = "input_x_gradient"
 _PERTURBED_SHARE = 0.3
 _INFIDELITY_SAMPLES = 10
@@ -62,7 +49,7 @@ class Judge:
         model (PreTrainedModel): a sequence classifier in evaluation mode.
         tokenizer (PreTrainedTokenizerBase): with a mask token.
         scorers (dict[str, Scorer]): the methods.
-        measures (sequence of str): of :data:`MEASURES`.
+        measures (sequence of str): of ``captum_globenc.evaluation.MEASURES``.
         per_layer (bool): also the rank correlation of every local score in every layer.
         max_tokens (int or None): longer texts are cut.
         batch_size (int): so many perturbed texts run at once.

@@ -13,7 +13,7 @@ from captum_globenc.errors import ConservationError
 def check_conservation(
     selected: Tensor,
     leaves: Sequence[Tensor],
-    gradients: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
     taken: Sequence[Tensor],
     dtypes: Collection[torch.dtype],
     where: str,
@@ -23,7 +23,7 @@ def check_conservation(
     Args:
         selected (Tensor): the explained outputs, (batch).
         leaves (sequence of Tensor): inputs and biases.
-        gradients (sequence of Tensor): theirs, by the rules.
+        gradients (sequence of Tensor or None): theirs, by the rules; None is 0.
         taken (sequence of Tensor): relevance that ends inside, a number each.
         dtypes (collection of torch.dtype): in which numbers the model computes.
         where (str): where relevance may be lost, for the error.
@@ -32,11 +32,11 @@ def check_conservation(
         ConservationError: it is not.
     """
     wide = torch.float64 if selected.dtype == torch.float64 else torch.float32
-    # A mask of minus infinity is a constant without gradient.
-    parts = [
-        (g.to(wide) * v.to(wide).masked_fill(g == 0, 0)).flatten()
-        for g, v in zip(gradients, leaves)
-    ]
+    pairs: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
+    for gradient, leaf in zip(gradients, leaves):
+        if gradient is not None:
+            pairs.setdefault(leaf.device, []).append((gradient, leaf))
+    parts = [_products(of_device, wide) for of_device in pairs.values()]
     total = sum((part.sum() for part in parts), torch.zeros((), dtype=wide))
     size = sum((part.abs().sum() for part in parts), torch.zeros((), dtype=wide))
     kept = torch.stack([t.to(wide) for t in taken]) if taken else total.new_zeros(1)
@@ -47,6 +47,16 @@ def check_conservation(
     relative = float(error / size) if float(size) else 0.0
     if not relative <= limit:
         raise ConservationError(where, relative, limit)
+
+
+def _products(pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Tensor:
+    """Gradients times values, all side by side: a model has hundreds of biases."""
+    gradients, values = (
+        torch.cat([tensor.flatten() for tensor in side]).to(dtype)
+        for side in zip(*pairs)
+    )
+    # A mask of minus infinity is a constant without gradient.
+    return gradients * values.masked_fill(gradients == 0, 0)
 
 
 # Of the sizes of all parts of relevance: far above what rounding makes of it.

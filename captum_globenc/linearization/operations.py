@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from captum_globenc.encoders.weights import working_dtype
 from captum_globenc.errors import UnsupportedModelError
 from captum_globenc.linearization.functions import (
     Function,
@@ -497,7 +498,7 @@ def _as_it_is(_: Operations, func: _Handler, *args: Any, **kwargs: Any) -> Any:
 
 def widened(value: Tensor) -> Tensor:
     """Its values in float32 at least, without gradient."""
-    return value.detach().to(torch.promote_types(value.dtype, torch.float32))
+    return value.detach().to(working_dtype(value.dtype))
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from captum_globenc.encoders.weights import working_dtype
+
 _SLOPES_AT_ZERO: dict[tuple[object, ...], float | None] = {}
 
 
@@ -171,7 +173,7 @@ def slope_at_zero(
 
 def _relevance(gradient: Tensor, value: Tensor) -> Tensor:
     """What a value has of it: their product's sum."""
-    wide = torch.promote_types(gradient.dtype, torch.float32)
+    wide = working_dtype(gradient.dtype)
     return (gradient.to(wide) * value.to(wide)).sum()
 
 

@@ -87,11 +87,6 @@ def propagate(
         read = [*(at.edge for at in found), *leaves]
         with as_own_errors():
             gradients = torch.autograd.grad(selected.sum(), read, allow_unused=True)
-        values = [*(at.value for at in found), *leaves]
-        gradients = tuple(
-            torch.zeros_like(value) if gradient is None else gradient
-            for value, gradient in zip(values, gradients)
-        )
         bottom = len(found)
         with torch.no_grad():
             check_conservation(
@@ -105,7 +100,10 @@ def propagate(
             return Propagation(
                 selected.detach(),
                 tuple(at.value.detach() for at in found),
-                gradients[:bottom],
+                tuple(
+                    torch.zeros_like(at.value) if gradient is None else gradient
+                    for at, gradient in zip(found, gradients)
+                ),
                 tuple(at.is_turned for at in found),
             )
     finally:
