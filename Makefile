@@ -22,7 +22,7 @@ help:
 	@echo "make lint        ruff and mypy"
 	@echo "make docs        build the documentation, build/docs/index.html"
 	@echo "make wheel       build the wheel and run it in a clean environment"
-	@echo "make bench       measure the cost tables of the README (half an hour)"
+	@echo "make bench       measure the cost tables and the figure of long inputs (half an hour)"
 	@echo "make picture     draw the picture of the README"
 	@echo "make report      run the benchmark reports in docs/benchmark (an hour or more)"
 	@echo "make clean       remove what the others made"
@@ -74,6 +74,8 @@ wheel: $(VENV)/installed-test
 
 bench: $(VENV)/installed-tools
 	$(BIN)/python benchmarks/cost.py --output benchmarks/cost.json
+	$(BIN)/python benchmarks/long_inputs.py --output benchmarks/long-inputs.json \
+		--figure docs/images/long-inputs.svg
 
 picture: $(VENV)/installed
 	$(BIN)/python docs/make_picture.py

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import functools
 import gc
+import json
+import runpy
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +24,7 @@ from captum_globenc.recording.windows import Window
 from tests import oracle
 from tests.models import FAMILIES, build, encoder_of, padded, sentence
 
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "long_inputs.py"
 REACH = 3
 #: As the oracle computes a BERT with local windows.
 LOCAL_BERT = replace(oracle.BERT_LIKE, window=lambda index: REACH)
@@ -215,6 +220,27 @@ def test_a_narrowed_record_is_that_of_its_tokens() -> None:
             assert not expected[..., :3].any()
             assert not expected[..., 11:].any()
             torch.testing.assert_close(found, expected[..., 3:11])
+
+
+# The script
+
+
+@pytest.mark.skipif("modernbert" not in FAMILIES, reason="there is no ModernBERT")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_script_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    output, figure = tmp_path / "long.json", tmp_path / "long.svg"
+    given = ["--tokens", "20", "300", "--layers", "2", "--rounds", "1"]
+    given += ["--output", str(output), "--figure", str(figure)]
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *given])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    short, long = json.loads(output.read_text("utf-8"))["results"]
+    assert (short["tokens"], long["tokens"]) == (20, 300)
+    for result in (short, long):
+        forward, globenc = result["methods"].values()
+        assert forward["ratio_to_forward"] == 1
+        assert globenc["median_seconds"] > 0
+        assert globenc["peak_bytes"] >= forward["peak_bytes"] > 2**20
+    assert "GlobEnc" in figure.read_text("utf-8")
 
 
 # What is not done

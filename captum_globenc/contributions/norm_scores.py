@@ -47,6 +47,8 @@ from captum_globenc.recording.records import LayerRecord, Receivers
 # to leave out most of the symmetric half, enough to keep the processor busy.
 _TOKEN_CHUNK = 512
 _HEAD_GROUP = 4
+# Attention weights in quadratic forms at once: 512 KB in float32, and as much again.
+_PAIRS = 2**17
 # Of so few products all are made at once, the symmetric half included.
 _SMALL = 2**18
 
@@ -213,9 +215,27 @@ def _quadratic(gram: Tensor, alpha: Tensor) -> Tensor:
     Returns:
         *Tensor* of shape (batch, receivers, sources).
     """
-    by_source = alpha.permute(0, 3, 1, 2)
-    squares = (gram @ by_source).mul_(by_source).sum(2)
+    batch, heads, receivers, sources = alpha.shape
+    examples = max(1, _PAIRS // (heads * receivers * sources))
+    step = max(1, _PAIRS // (heads * receivers))
+    if examples >= batch and step >= sources:
+        squares = _products(gram, alpha)
+    else:
+        squares = alpha.new_empty(batch, sources, receivers)
+        for example in range(0, batch, examples):
+            some = slice(example, example + examples)
+            for first in range(0, sources, step):
+                part = slice(first, first + step)
+                squares[some, part] = _products(
+                    gram[some, part], alpha[some, ..., part]
+                )
     return squares.clamp_(min=0).sqrt_().transpose(1, 2)
+
+
+def _products(gram: Tensor, alpha: Tensor) -> Tensor:
+    """The quadratic forms themselves, (batch, sources, receivers)."""
+    by_source = alpha.permute(0, 3, 1, 2)
+    return (gram @ by_source).mul_(by_source).sum(2)
 
 
 def _halve_onto_identity(values: Tensor, receivers: Receivers) -> Tensor:

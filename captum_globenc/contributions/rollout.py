@@ -32,8 +32,10 @@ from captum_globenc.recording.records import (
 from captum_globenc.recording.run import EncoderRun
 from captum_globenc.recording.windows import Window, windows
 
-# Attention weights held at once: 8 MB in float32, whatever the batch and the length.
-_HELD = 2**21
+# Attention weights held at once: 16 MB in float32, whatever the batch and the length.
+_HELD = 2**22
+# Receivers at once: as many as keep the processor busy, and few enough for its cache.
+_BLOCK = 128
 
 
 class ScaledTensor(NamedTuple):
@@ -292,7 +294,8 @@ def blocks(receivers: slice, pairs: int) -> Iterator[slice]:
         receivers (slice): from the first to the last.
         pairs (int): how many attention weights each has.
     """
-    size = max(1, _HELD // pairs)
+    most = max(1, min(_BLOCK, _HELD // pairs))
+    size = 2 ** (most.bit_length() - 1)  # Even blocks, of whole vector registers.
     for first in range(receivers.start, receivers.stop, size):
         yield slice(first, min(first + size, receivers.stop))
 
