@@ -1,17 +1,16 @@
 """Checks whose numbers are on a device: all are read at once, at the end.
 
 Reading a number of an accelerator waits for all that it was told to do before. Inside
-:func:`deferring`, a check therefore leaves its numbers where they are, and the end of
-the block reads those of all checks together. Outside, each check is made at once.
+of :func:`settled`, a check therefore leaves its numbers where they are, and the end of
+the call reads those of all checks together. Outside, each check is made at once.
 
-What a run must know before it can go on is assumed to be as it was the last time, and
-is one more check. Where it is not, the block is run again and looks at it first.
+What a call must know before it can go on is assumed to be as it was the last time, and
+is one more check. Where it is not, the call is made again and looks at everything.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable
 from contextvars import ContextVar
 from typing import TypeVar
 
@@ -26,18 +25,20 @@ _Result = TypeVar("_Result")
 
 
 class AssumptionError(Exception):
-    """What held in the last run does not hold in this one: run it again."""
+    """What held in the last call does not hold in this one: make it again."""
 
 
 class _Deferred:
     """The checks of one block, in turn.
 
     Args:
-        known (set): what has held so far.
+        assumed (frozenset): what is taken to hold.
     """
 
-    def __init__(self, known: set[Hashable]) -> None:
-        self.known = known
+    def __init__(self, assumed: frozenset[Hashable]) -> None:
+        self.assumed = assumed
+        #: What was looked at in this block: key → whether it held each time.
+        self.found: dict[Hashable, bool] = {}
         self._numbers: list[Tensor] = []
         self._judges: list[tuple[int, Judge]] = []
 
@@ -62,35 +63,37 @@ class _Deferred:
             judge([float(value) for value in values[start : start + count]])
             start += count
 
-    def forget(self, key: Hashable) -> Judge:
-        def judge(values: list[float]) -> None:
-            if not all(values):
-                self.known.discard(key)
-                raise AssumptionError(key)
-
-        return judge
-
 
 _CURRENT: ContextVar[_Deferred | None] = ContextVar("deferred checks", default=None)
 
 
-@contextmanager
-def deferring(known: set[Hashable]) -> Iterator[None]:
-    """Put off the checks of this thread to the end of the block.
+def settled(known: set[Hashable], call: Callable[[], _Result]) -> _Result:
+    """What a call returns, its checks put off to its end.
 
-    Where something else fails inside, a check that has failed before is its cause.
+    What is known is taken to hold. Where it does not, the call is made once more, and
+    looks at everything. Where the call fails, a check that has failed before is its
+    cause, and is raised instead.
 
     Args:
-        known (set): what has held in earlier runs; it is kept up to date.
+        known (set): what has held in earlier calls; it is kept up to date.
+        call (Callable): without arguments.
 
     Raises:
-        AssumptionError: something of it does not hold now; run the block again.
         GlobEncError: a check failed.
     """
-    deferred = _Deferred(known)
+    try:
+        return _settled(known, frozenset(known), call)
+    except AssumptionError:
+        return _settled(known, frozenset(), call)
+
+
+def _settled(
+    known: set[Hashable], assumed: frozenset[Hashable], call: Callable[[], _Result]
+) -> _Result:
+    deferred = _Deferred(assumed)
     token = _CURRENT.set(deferred)
     try:
-        yield
+        result = call()
         deferred.settle()
     except Exception:
         _CURRENT.set(None)
@@ -98,28 +101,13 @@ def deferring(known: set[Hashable]) -> Iterator[None]:
         raise
     finally:
         _CURRENT.reset(token)
-
-
-def settled(known: set[Hashable], call: Callable[[], _Result]) -> _Result:
-    """What a call returns, its checks put off to its end.
-
-    Args:
-        known (set): as for :func:`deferring`.
-        call (Callable): it is made again where an assumption does not hold.
-
-    Raises:
-        GlobEncError: a check failed.
-    """
-    while True:
-        try:
-            with deferring(known):
-                return call()
-        except AssumptionError:
-            continue  # What did not hold is not known any more.
+        for key, held in deferred.found.items():
+            (known.add if held else known.discard)(key)
+    return result
 
 
 def check_later(numbers: Tensor | None, judge: Judge) -> None:
-    """Have numbers judged: at the end of the block of :func:`deferring`, or now.
+    """Have numbers judged: at the end of the call of :func:`settled`, or now.
 
     Args:
         numbers (Tensor or None): of any shape; bool counts as 0 and 1. None: there are
@@ -142,14 +130,19 @@ def holds(key: Hashable, is_so: Tensor) -> bool:
         is_so (Tensor): a boolean, or several that must all be true.
 
     Returns:
-        *bool*. Inside of :func:`deferring`, what has held in an earlier run is taken to
+        *bool*. Inside of :func:`settled`, what has held in an earlier call is taken to
         hold, and is checked at the end.
     """
     deferred = _CURRENT.get()
-    if deferred is not None and key in deferred.known:
-        deferred.add(is_so, deferred.forget(key))
+    if deferred is not None and key in deferred.assumed:
+        deferred.add(is_so, _still_holds)
         return True
     found = bool(is_so.all())
-    if deferred is not None and found:
-        deferred.known.add(key)
+    if deferred is not None:
+        deferred.found[key] = found and deferred.found.get(key, True)
     return found
+
+
+def _still_holds(values: list[float]) -> None:
+    if not all(values):
+        raise AssumptionError

@@ -102,9 +102,10 @@ def check_call(model: nn.Module, arguments: tuple[Any, ...]) -> None:
             "attention_mask" in names
             and isinstance(value, Tensor)
             and value.shape == tokens
+            and name not in _ALSO_PER_TOKEN
             and _is_zero_or_one(value)
         )
-        if looks_like_mask and name not in _ALSO_PER_TOKEN:
+        if looks_like_mask:
             raise InputError(
                 f"argument {names.index(name) + 1} of {type(model).__name__} is {name} "
                 f"and not the attention mask, and a tensor of shape "

@@ -38,6 +38,8 @@ class GlobEnc(LocalScoreRollout):
     project, at the cost of the head's backward pass.
 
     The model runs once, with its own attention, and is observed in the calling thread.
+    It runs a second time where something is not as it was in the last call of the same
+    object: another kind of head, or weights that were changed through ``.data``.
     Nothing is changed that another thread could notice, with two exceptions: the
     encoder of a model in training mode is in evaluation mode while it is recorded, and
     compiled code runs uncompiled while a compiled model is recorded. Both are restored.

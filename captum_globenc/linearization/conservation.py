@@ -36,10 +36,12 @@ def check_conservation(
     for gradient, leaf in zip(gradients, leaves):
         if gradient is not None:
             pairs.setdefault(leaf.device, []).append((gradient, leaf))
+    device = selected.device
     parts = [_products(of_device, wide) for of_device in pairs.values()]
-    total = sum((part.sum() for part in parts), torch.zeros((), dtype=wide))
-    size = sum((part.abs().sum() for part in parts), torch.zeros((), dtype=wide))
-    kept = torch.stack([t.to(wide) for t in taken]) if taken else total.new_zeros(1)
+    zero = torch.zeros((), dtype=wide, device=device)
+    total = sum((part.sum().to(device) for part in parts), zero)
+    size = sum((part.abs().sum().to(device) for part in parts), zero)
+    kept = torch.stack([zero, *(t.to(device, wide) for t in taken)])
     output = selected.detach().to(wide)
     error = (output.sum() - total - kept.sum()).abs()
     size = size + kept.abs().sum() + output.abs().sum()

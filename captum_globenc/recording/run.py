@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_globenc._captum import TargetType, format_additional_forward_args
-from captum_globenc.deferred import Judge, check_later, holds
+from captum_globenc.deferred import Judge, check_later, holds, settled
 from captum_globenc.encoders.discovery import find_encoder, no_encoder_ran, unsupported
 from captum_globenc.encoders.resolver import Encoder
 from captum_globenc.encoders.weights import WeightCache
@@ -381,16 +381,20 @@ def record(
     """
     tensors = inputs if isinstance(inputs, tuple) else (inputs,)
     arguments = format_additional_forward_args(additional_forward_args) or ()
-    run = observe(
-        forward_func,
-        tensors,
-        arguments,
-        encoder_in(forward_func, encoder),
-        WeightCache(),
-        is_named=encoder is not None,
-    )
-    run.check_fits()
-    return run
+
+    def recorded() -> EncoderRun:
+        run = observe(
+            forward_func,
+            tensors,
+            arguments,
+            encoder_in(forward_func, encoder),
+            WeightCache(),
+            is_named=encoder is not None,
+        )
+        run.check_fits()
+        return run
+
+    return settled(set(), recorded)
 
 
 def encoder_in(
